@@ -102,7 +102,7 @@ def split_chain(text: str) -> list[str]:
     return parts
 
 
-def arguments(function: Any, spec: Spec, known: dict[str, Any]) -> dict[str, Any]:
+def arguments(spec: Spec, known: dict[str, Any]) -> dict[str, Any]:
     """The spec's parameters, checked against `known` (name -> type) and with numbers in their type.
 
     Raises:
@@ -237,7 +237,7 @@ class Registry(Generic[Kind]):
         hints = typing.get_type_hints(cls)
         known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
         try:
-            return cls(**arguments(cls, spec, known))
+            return cls(**arguments(spec, known))
         except UserError:
             raise
         except (ValueError, TypeError) as error:
@@ -259,10 +259,14 @@ class Registry(Generic[Kind]):
         return str(Spec(parsed.target, differs))
 
     def revision(self, spec: str) -> str:
-        """What changes when the same input may give another output: the class's revision, and a file's digest."""
+        """The class's revision, and a file's digest: it changes when the output for an input may."""
         target = parse(spec).target
         revision = str(self.find(target).revision)  # type: ignore[attr-defined]
-        return f"{revision}@{_digest(Path(target.rpartition(':')[0]).expanduser())}" if ".py:" in target else revision
+        return (
+            f"{revision}@{_digest(Path(target.rpartition(':')[0]).expanduser())}"
+            if ".py:" in target
+            else revision
+        )
 
 
 class DefenseRegistry(Registry["Defense"]):

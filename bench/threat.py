@@ -212,10 +212,14 @@ class Client(Protocol):
         ...
 
 
-class Defense(Protocol):
-    """What a client does differently: a frozen dataclass of hyper-parameters; every stage defaults to nothing.
+STAGES = ("prepare", "change_batch", "gradient", "change_update")
+"""A defense's stages, in the order in which a client goes through them."""
 
-    `revision` is raised when the same input gives another output.
+
+class Defense(Protocol):
+    """What a client does differently: a frozen dataclass of hyper-parameters.
+
+    Every stage defaults to nothing. `revision` is raised when the same input gives another output.
     """
 
     name: ClassVar[str]
@@ -228,7 +232,7 @@ class Defense(Protocol):
         return model
 
     def change_batch(self, batch: Batch, pool: Batch, rng: torch.Generator) -> Batch:
-        """Private batch -> released batch. `pool` is the client's other data: mixup needs a partner at N = 1."""
+        """Private batch -> released batch; `pool` is the client's other data: mixup needs a partner."""
         return batch
 
     def gradient(self, client: Client, batch: Batch, rng: torch.Generator) -> Update:
@@ -243,10 +247,11 @@ class Defense(Protocol):
         """(ε, δ) of `steps` rounds at Poisson rate `sample_rate`, or None where nothing is proven."""
         return None
 
-
-def changes(defense: Defense, stage: str) -> bool:
-    """Whether the defense does anything at a stage: what it leaves alone can be computed for whole stacks."""
-    return getattr(type(defense), stage) is not getattr(Defense, stage)
+    def stages(self) -> frozenset[str]:
+        """The stages at which it does anything: the others can be computed for whole stacks."""
+        return frozenset(
+            stage for stage in STAGES if getattr(type(self), stage) is not getattr(Defense, stage)
+        )
 
 
 def mask(update: Update, head: str, reads: str) -> Update:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from bench.threat import Batch, Client, Defense, Update, changes
+from bench.threat import Batch, Client, Defense, Update
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,13 @@ class Chain(Defense):
     parts: tuple[Defense, ...]
 
     def __post_init__(self) -> None:
-        replacing = [part.name for part in self.parts if changes(part, "gradient")]
+        replacing = [part.name for part in self.parts if "gradient" in part.stages()]
         if len(replacing) > 1:
             raise ValueError(f"{' and '.join(replacing)} both replace the gradient; a chain takes one such")
+
+    def stages(self) -> frozenset[str]:
+        """The stages of all parts."""
+        return frozenset().union(*(part.stages() for part in self.parts))
 
     def prepare(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
         """Every part's change of the architecture, in turn."""
@@ -35,7 +39,7 @@ class Chain(Defense):
     def gradient(self, client: Client, batch: Batch, rng: torch.Generator) -> Update:
         """The gradient of the one part that replaces it, else the plain one."""
         for part in self.parts:
-            if changes(part, "gradient"):
+            if "gradient" in part.stages():
                 return part.gradient(client, batch, rng)
         return client.gradient(batch)
 

@@ -56,4 +56,5 @@ class Mixup(Defense):
         """(n,) draws of Beta(alpha, alpha), as the share of one of two gamma variables."""
         shape = torch.full((2, n), self.alpha, dtype=torch.float64, device=rng.device)
         first, second = torch._standard_gamma(shape, generator=rng)  # torch.distributions takes no generator
-        return first / (first + second)
+        share: torch.Tensor = first / (first + second)
+        return share
