@@ -1,9 +1,10 @@
 """What `leakbench data NAME` does: the only place that downloads.
 
-Everything is fetched into a temporary folder beside its destination and moved there in one step, so that what is
-found there is whole; asking again for what is there does nothing.
+Everything is fetched into a temporary folder beside its destination and moved there in one step, so that what
+is found there is whole; asking again for what is there does nothing.
 """
 
+import contextlib
 import hashlib
 import importlib
 import io
@@ -53,8 +54,8 @@ def names() -> list[str]:
 def fetch(name: str, root: Path | None = None, progress: Callable[[str], None] = print) -> Path:
     """Downloads `name` unless it is there, and returns where it lies.
 
-    Data sets go under `root` (the data folder by default), in torchvision's own layout; `lpips`, the trunk of the
-    LPIPS metric, goes into the user's cache. An unknown name, or a download that fails, is a UserError of one line.
+    Data sets go under `root` (the data folder by default), in torchvision's own layout; `lpips`, the trunk of
+    the LPIPS metric, goes into the user's cache. An unknown name or a failed download is a UserError.
     """
     if name == "lpips":
         return _fetch_lpips(progress)
@@ -77,12 +78,13 @@ def _fetch_set(name: str, root: Path, progress: Callable[[str], None]) -> Path:
     ensure_importable()
     datasets = importlib.import_module("torchvision.datasets")
     kind, calls = TORCHVISION[name]
+    _make(root)
     try:
-        root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as temporary:
             progress(f"downloading {name} into {root}")
-            for arguments in calls:
-                getattr(datasets, kind)(temporary, download=True, **arguments)
+            with contextlib.redirect_stdout(io.StringIO()):
+                for arguments in calls:
+                    getattr(datasets, kind)(temporary, download=True, **arguments)
             fetched = kept.place(Path(temporary))
             if fetched is None:
                 raise UserError(
@@ -100,6 +102,15 @@ def _fetch_set(name: str, root: Path, progress: Callable[[str], None]) -> Path:
         ) from error
     progress(f"{name} is at {destination}")
     return destination
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be made ({_one_line(error)}); name another folder with --data"
+        ) from error
 
 
 def _fetch_lpips(progress: Callable[[str], None]) -> Path:
@@ -138,14 +149,15 @@ def _saved(trunk: dict[str, Tensor], destination: Path, progress: Callable[[str]
             os.replace(file, destination)
     except OSError as error:
         raise UserError(
-            f"lpips cannot be written to {destination} ({_one_line(error)}); name another cache with LEAKBENCH_CACHE"
+            f"lpips cannot be written to {destination} ({_one_line(error)}); "
+            "name another cache with LEAKBENCH_CACHE"
         ) from error
     progress(f"lpips is at {destination}")
     return destination
 
 
 def _trunk_in_hub_cache(progress: Callable[[str], None]) -> dict[str, Tensor]:
-    """torchvision's AlexNet in torch's hub cache."""
+    """AlexNet as an earlier use of torchvision left it."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / HUB_FILE
     if not file.is_file():
         raise FileNotFoundError(f"no {file}")
@@ -154,7 +166,7 @@ def _trunk_in_hub_cache(progress: Callable[[str], None]) -> dict[str, Tensor]:
 
 
 def _trunk_from_hub(progress: Callable[[str], None]) -> dict[str, Tensor]:
-    """torchvision's AlexNet from torch's hub, 233 MB, of which 10 MB are kept."""
+    """AlexNet as torchvision publishes it: 233 MB, of which 10 MB are kept."""
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / HUB_FILE
         progress(f"downloading {HUB_URL} (233 MB)")

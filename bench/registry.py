@@ -161,6 +161,7 @@ class Registry(Generic[Kind]):
         """`base`: the protocol's name in `bench.threat`; `besides`: modules that hold no member."""
         self.kind, self._base, self._packages, self._besides = kind, base, packages, besides
         self._registered: dict[str, type] = {}  # module -> its class
+        self._made: dict[str, Kind] = {}  # spec -> what it makes: they are frozen, one will do
 
     def register(self, cls: Member) -> Member:
         """Class decorator: enters a file's one class under the file's stem."""
@@ -230,7 +231,9 @@ class Registry(Generic[Kind]):
         Raises:
             UserError: an unknown name or parameter (with the nearest ones), a value out of range.
         """
-        return self._make_one(parse(spec))
+        if spec not in self._made or ".py:" in spec:  # a file may have changed
+            self._made[spec] = self._make_one(parse(spec))
+        return self._made[spec]
 
     def _make_one(self, spec: Spec) -> Kind:
         cls = self.find(spec.target)

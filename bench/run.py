@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from bench.cases.scenario import Grid, Scenario, cells, digest, seed
 from bench.errors import UserError
 from bench.metrics import score
 from bench.metrics.formats import label_format
+from bench.metrics.labels import lam_error
 from bench.report import record
 from bench.report.record import Header, Record
 from bench.threat import (
@@ -82,9 +83,18 @@ class Chunk:
     stop: int
     attacks: tuple[str, ...]
 
+    @functools.cached_property
+    def _key(self) -> str:
+        return digest(asdict(self.scenario), self.network.data_sha256, self.weights_sha256)
+
     def observation_key(self, sample: int) -> str:
         """What identifies an observation."""
-        return digest(asdict(self.scenario), self.network.data_sha256, self.weights_sha256, sample)
+        return digest(self._key, sample)
+
+    @property
+    def samples(self) -> range:
+        """What it observes."""
+        return range(self.start, self.stop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +116,16 @@ class Observed:
 
 
 @dataclass(frozen=True, eq=False)
+class View:
+    """A chunk's observations as one attack may see them, on one copy of the model.
+
+    One object, and not a tuple: Dask sends a tuple's items one by one, each with a model of its own.
+    """
+
+    observations: tuple[Observation, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Attempt:
     """An attack's answer to one observation, and what it cost."""
 
@@ -113,6 +133,13 @@ class Attempt:
     reason: str = ""
     seconds: float | None = None
     peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Attempts:
+    """An attack's answers to a chunk, sent as one."""
+
+    each: tuple[Attempt, ...]
 
 
 # --- the client's side ------------------------------------------------------------------------------------
@@ -151,7 +178,7 @@ def observe(chunk: Chunk, context: Context) -> Observed:
     defense = registry.defenses.make(scenario.defense)
 
     private, released, generators = [], [], []
-    for sample in range(chunk.start, chunk.stop):
+    for sample in chunk.samples:
         batch_seed = seed(context.grid_seed, *scenario.batch_axes, sample)
         generators.append(_generator(seed(batch_seed, scenario.defense)))
         batch, pool = _batch_and_pool(dataset, scenario, sample, batch_seed, context.device)
@@ -222,17 +249,17 @@ def _granted(scenario: Scenario, released: Batch) -> Knowledge:
     return grant(everything, frozenset(scenario.knowledge))
 
 
-def for_attack(observed: Observed, spec: str) -> tuple[Observation, ...]:
+def for_attack(observed: Observed, spec: str) -> View:
     """The observations as one attack may see them: its own copy, masked to what it reads and may know."""
     attack = registry.attacks.make(spec)
     model = copy.deepcopy(observed.observations[0].model)
-    return tuple(_for_attack(observation, attack, model) for observation in observed.observations)
+    return View(tuple(_for_attack(observation, attack, model) for observation in observed.observations))
 
 
 def _for_attack(observation: Observation, attack: Attack, model: torch.nn.Module) -> Observation:
     knowledge = grant(observation.knowledge, attack.uses)
     given = frozenset(name for name, value in vars(knowledge).items() if value is not None)
-    facts = Facts(**{**vars(observation.facts), "granted": given})
+    facts = replace(observation.facts, granted=given)
     update = mask(observation.update, observation.head, attack.reads)
     own = {name: value.clone() for name, value in update.items()}
     return Observation(model, own, observation.head, facts, knowledge)
@@ -241,10 +268,13 @@ def _for_attack(observation: Observation, attack: Attack, model: torch.nn.Module
 # --- the attacker's side ----------------------------------------------------------------------------------
 
 
-def attempt(spec: str, observations: Sequence[Observation], seeds: Sequence[int]) -> list[Attempt]:
+def attempt(spec: str, view: View, seeds: Sequence[int]) -> Attempts:
     """One attack on a stack of observations; whatever it does ends in an attempt a sample."""
     _one_thread()
-    attack = registry.attacks.make(spec)
+    return Attempts(tuple(_attempt(registry.attacks.make(spec), view.observations, seeds)))
+
+
+def _attempt(attack: Attack, observations: Sequence[Observation], seeds: Sequence[int]) -> list[Attempt]:
     facts = observations[0].facts
     try:
         reason = attack.skip(facts)
@@ -320,7 +350,7 @@ def _checked(answer: Any, facts: Facts, seconds: float, peak: int) -> Attempt:
 
 
 def _detached(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach()
+    return None if value is None else value.detach().clone()  # not a view of a whole stack
 
 
 def _crashed(error: BaseException) -> Attempt:
@@ -333,7 +363,9 @@ def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:
     """One generator a trial; the global states, which libraries draw from, follow the first."""
     random.seed(seeds[0])
     np.random.seed(seeds[0] % 2**32)
-    torch.manual_seed(seeds[0])
+    torch.default_generator.manual_seed(seeds[0])  # torch.manual_seed keeps a traceback of every call
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seeds[0])
     return [_generator(one) for one in seeds]
 
 
@@ -350,14 +382,14 @@ def _one_thread() -> None:
 
 
 def judge(
-    chunk: Chunk, context: Context, observed: Observed, spec: str, attempts: Sequence[Attempt], isolated: bool
+    chunk: Chunk, context: Context, observed: Observed, spec: str, attempts: Attempts, isolated: bool
 ) -> list[Record]:
     """The rows of one attack on a chunk."""
     _one_thread()
     attack, identity = registry.attacks.make(spec), Identity.of(chunk, context, spec)
     scenario = chunk.scenario
     rows = []
-    for offset, (one, truth) in enumerate(zip(attempts, observed.truths, strict=True)):
+    for offset, (one, truth) in enumerate(zip(attempts.each, observed.truths, strict=True)):
         sample, answer = chunk.start + offset, one.reconstruction
         metrics: dict[str, Any] = {}
         if answer.outcome is not Outcome.SKIPPED:
@@ -455,7 +487,7 @@ def _about_labels(answer: Reconstruction, truth: Truth) -> dict[str, Any]:
     lam, row = answer.notes.get("lam"), answer.notes.get("row")
     if len(truth.released) == 1 and isinstance(lam, float) and isinstance(row, int):
         u = truth.probabilities[0, row].double() - truth.released.soft_labels[0, row].double()
-        error = abs(lam * float(u) - 1)
+        error = lam_error(lam, float(1 / u))
         found["lam_error"] = error if np.isfinite(error) else None
     if answer.notes.get("label_format"):
         actual = {label_format(soft_label) for soft_label in truth.released.soft_labels}
@@ -499,7 +531,7 @@ class InProcess:
 def chunk_seeds(chunk: Chunk, context: Context, spec: str) -> list[int]:
     """The seeds of an attack's trials on a chunk."""
     identity = Identity.of(chunk, context, spec)
-    return [identity.seed(sample) for sample in range(chunk.start, chunk.stop)]
+    return [identity.seed(sample) for sample in chunk.samples]
 
 
 @dataclass(frozen=True)
@@ -535,7 +567,7 @@ class Plan:
             title=self.grid.title,
             cells={f"{scenario.key} {attack}": n for (scenario, attack), n in self.cells.items()},
             scenarios={scenario.key: _json_axes(scenario) for scenario, _ in self.cells},
-            plan={"seed": self.context.grid_seed, "data_root": str(self.context.data_root or "")},
+            seed=self.context.grid_seed,
         )
 
     def chunks(self, weights: dict[Network, str]) -> list[Chunk]:
@@ -573,26 +605,30 @@ def plan(full: Grid, wanted: Grid, data_root: Path | None, device: str) -> Plan:
     """
     check_device(device)
     wanted_cells = cells(wanted)
-    networks = {}
-    for scenario, _ in wanted_cells:
-        if scenario in networks:
-            continue
-        dataset = _dataset(scenario.dataset, data_root)
-        defense = registry.defenses.make(scenario.defense)
-        prepared = scenario.defense if "prepare" in defense.stages() else "none"
-        network = Network(
-            scenario.model, scenario.dataset, dataset.sha256, scenario.weights, scenario.weight_seed, prepared
-        )
-        if network not in networks.values():
-            models.build(network.model, dataset.image_shape, dataset.num_classes, network.weight_seed)
+    networks = {scenario: network_of(scenario, data_root) for scenario, _ in wanted_cells}
+    for network in dict.fromkeys(networks.values()):
+        dataset = _dataset(network.dataset, data_root)
+        models.build(network.model, dataset.image_shape, dataset.num_classes, network.weight_seed)
         if models.epochs(network.weights):
             dataset.training_indices()
-        networks[scenario] = network
     for (scenario, _), samples in wanted_cells.items():
         dataset = _dataset(scenario.dataset, data_root)
         data.attacked(dataset, samples * scenario.batch_size, scenario.members == "training")
     context = Context(full.name, full.hash, full.seed, data_root, device, commit())
     return Plan(wanted, context, wanted_cells, networks)
+
+
+def network_of(scenario: Scenario, data_root: Path | None) -> Network:
+    """The weights that a scenario's clients hold."""
+    defense = registry.defenses.make(scenario.defense)
+    return Network(
+        scenario.model,
+        scenario.dataset,
+        _dataset(scenario.dataset, data_root).sha256,
+        scenario.weights,
+        scenario.weight_seed,
+        scenario.defense if "prepare" in defense.stages() else "none",
+    )
 
 
 def check_device(device: str) -> None:
@@ -619,13 +655,17 @@ def commit() -> str:
     return described.stdout.strip()
 
 
-@dataclass
-class Progress:
-    """What a run tells whoever watches: `trained` after each network, `advanced` after each row."""
+class Progress(Protocol):
+    """Whoever watches a run; this one looks away."""
 
-    trained: Callable[[Network], None] = field(default=lambda network: None)
-    started: Callable[[int, int], None] = field(default=lambda done, total: None)
-    advanced: Callable[[Chunk, list[Record]], None] = field(default=lambda chunk, rows: None)
+    def trained(self, network: Network) -> None:
+        """A network is ready."""
+
+    def started(self, done: int, total: int) -> None:
+        """All networks are ready; so many trials are there already."""
+
+    def advanced(self, chunk: Chunk, rows: list[Record]) -> None:
+        """These are on the disk."""
 
 
 def execute(planned: Plan, engine: Engine, folder: Path, progress: Progress) -> None:
@@ -644,19 +684,13 @@ def execute(planned: Plan, engine: Engine, folder: Path, progress: Progress) -> 
             weights[network] = sha256
             progress.trained(network)
         chunks = planned.chunks(weights)
-        lacking = [_lacking(chunk, planned.context, done) for chunk in chunks]
-        pending = [chunk for chunk in lacking if chunk.attacks]
-        whole = {
-            Identity.of(chunk, planned.context, spec).trial(sample)
-            for chunk in chunks
-            for spec in chunk.attacks
-            for sample in range(chunk.start, chunk.stop)
-        }
-        progress.started(len(whole & done), len(whole))
+        pending = [chunk for chunk in (_lacking(c, planned.context, done) for c in chunks) if chunk.attacks]
+        repeated = sum(len(chunk.attacks) * len(chunk.samples) for chunk in pending)
+        progress.started(planned.trials - repeated, planned.trials)
         for chunk, rows in engine.rows(pending, planned.context):
             new = [row for row in rows if row.trial not in done]
             writer.rows(new)
-            progress.advanced(chunk, new)
+            progress.advanced(chunk, rows)
 
 
 def _done(folder: Path, planned: Plan) -> frozenset[str]:
@@ -677,6 +711,44 @@ def _lacking(chunk: Chunk, context: Context, done: frozenset[str]) -> Chunk:
     attacks = []
     for spec in chunk.attacks:
         identity = Identity.of(chunk, context, spec)
-        if any(identity.trial(sample) not in done for sample in range(chunk.start, chunk.stop)):
+        if any(identity.trial(sample) not in done for sample in chunk.samples):
             attacks.append(spec)
-    return Chunk(**{**vars(chunk), "attacks": tuple(attacks)})
+    return replace(chunk, attacks=tuple(attacks))
+
+
+def rerun(folder: Path, trial: str, data_root: Path | None) -> tuple[dict[str, Any], Record]:
+    """A recorded trial's row, and the row that the same stack gives now, in this process.
+
+    `trial` may be the beginning of a key, where it is the only one.
+
+    Raises:
+        UserError: no such trial, or data, weights or revisions are no longer those of the record.
+    """
+    recorded = record.read(folder)
+    matching = [row for row in recorded.rows if row["trial"].startswith(trial)]
+    if len(matching) != 1:
+        raise UserError(
+            f"{folder} has {len(matching)} trials whose key begins with {trial!r}; "
+            "a row's `trial` in records.jsonl is its key"
+        )
+    row, header = matching[0], recorded.headers[-1]
+    axes = header.scenarios[row["scenario"]]
+    scenario = Scenario(**{**axes, "knowledge": tuple(axes["knowledge"])})
+    check_device(row["device"])
+    network = network_of(scenario, data_root)
+    sha256 = weights_sha256(network, data_root)
+    for what, now in (("data_sha256", network.data_sha256), ("weights_sha256", sha256)):
+        if row[what] != now:
+            kind = what.removesuffix("_sha256")
+            raise UserError(f"trial {row['trial']}: the {kind} here are not the record's ({what} differs)")
+    reads = registry.attacks.make(row["attack"]).reads
+    start = row["sample"] // STACK[reads] * STACK[reads]
+    chunk = Chunk(scenario, network, sha256, reads, start, start + row["stack"], (row["attack"],))
+    context = Context(header.grid, header.grid_hash, header.seed, data_root, row["device"], commit())
+    (_, rows), *_ = InProcess().rows([chunk], context)
+    again = rows[row["sample"] - start]
+    if again.trial != row["trial"]:
+        revisions = ("attack_revision", "defense_revision", "protocol_version")
+        before, after = ([one[name] for name in revisions] for one in (row, asdict(again)))
+        raise UserError(f"trial {row['trial']}: {', '.join(revisions)} were {before} and are now {after}")
+    return row, again

@@ -33,6 +33,7 @@ from bench.cases.data import Dataset
 from bench.errors import UserError, nearest
 from bench.registry import Spec, arguments, parse
 from bench.threat import Defense
+from bench.torchvision_ops import ensure_importable
 
 Shape = tuple[int, int, int]
 Activation = Literal["relu", "leaky_relu", "sigmoid", "tanh"]
@@ -163,7 +164,7 @@ def resnet18(
     stem: Literal["cifar", "imagenet"] = "cifar",
 ) -> nn.Module:
     """ResNet-18 as torchvision has it; `bias` is the head's; the CIFAR stem is one 3 × 3 convolution, unpooled."""
-    import bench.torchvision_ops  # noqa: F401, I001  # before torchvision
+    ensure_importable()
     import torchvision
 
     channels = image_shape[0]

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Header:
         title: what the grid asks.
         cells: how many samples each (scenario, attack) is to have: "scenario attack" -> N.
         scenarios: scenario -> its axes.
-        plan: what `rerun` needs to repeat a trial: the grid, with what the command line replaced.
+        seed: the grid's, from which every batch's follows.
     """
 
     grid: str
@@ -114,7 +114,7 @@ class Header:
     title: str
     cells: dict[str, int]
     scenarios: dict[str, dict[str, Any]]
-    plan: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def read(folder: Path) -> Run:
                 rows[entry["trial"]] = {column: entry[column] for column in COLUMNS}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}, line {number} is no record ({type(error).__name__}: {error}); "
-                "delete the line, and the same `leakbench run` computes it again"
+                f"{path}, line {number} is no record of schema {SCHEMA} ({type(error).__name__}: {error}); "
+                "a row that is deleted is computed again by the same `leakbench run`"
             ) from None
     if not headers:
         raise UserError(f"{path} has no header line; run into a new folder with --out")

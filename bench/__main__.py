@@ -1,0 +1,334 @@
+"""The command line. What a command needs is imported when it runs: `--help` answers at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bench.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from bench.report.record import Record, Run
+    from bench.run import Engine
+
+app = typer.Typer(
+    name="leakbench",
+    help="What does a federated-learning update give away, and which defenses stop it?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+UNFINISHED = {"crashed", "timeout", "out_of_memory"}
+"""Outcomes that end a run with exit code 3: something to look at."""
+
+DataOption = Annotated[Path | None, typer.Option("--data", help="Where data sets lie [LEAKBENCH_DATA].")]
+
+
+@app.command()
+def run(
+    grid: Annotated[str, typer.Argument(help="A grid's name, or a TOML file.")] = "quick",
+    out: Annotated[Path | None, typer.Option(help="The run's folder [runs/GRID].")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, … [a GPU where there is one].")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Attack processes; 0 runs in this one [one a core].")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="A Dask cluster that is already there.")] = None,
+    attack: Annotated[list[str] | None, typer.Option(help="Replaces the grid's attacks; repeatable.")] = None,
+    defense: Annotated[list[str] | None, typer.Option(help="Replaces its defenses; repeatable.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples a cell, instead of the grid's.")] = None,
+    data: DataOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No cost, no progress.")] = False,
+) -> None:
+    """Run a grid of scenarios and attacks, and show its leaderboards. Killed, it goes on where it was."""
+    if workers is not None and scheduler is not None:
+        raise UserError("--workers starts processes here, --scheduler takes a cluster's: give one of them")
+    from bench import run as runner
+    from bench.cases.scenario import load_grid, replaced
+    from bench.watcher import Watcher
+
+    full = load_grid(grid)
+    wanted = replaced(full, attack or [], defense or [], samples)
+    folder = out or Path("runs") / full.name
+    count = len(os.sched_getaffinity(0)) if workers is None else workers
+    planned = runner.plan(full, wanted, data, device or _default_device())
+    watcher = Watcher(quiet)
+    watcher.cost(planned, count, folder)
+    try:
+        with watcher, _engine(count, scheduler) as engine:
+            runner.execute(planned, engine, folder, watcher)
+    except KeyboardInterrupt:
+        print(
+            f"\nStopped. The same command goes on; `leakbench status {folder}` says how far it got.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    _show([folder], None, "table")
+    recorded = _read([folder])[0]
+    print(f"\nRecords: {folder / 'records.jsonl'} ({len(recorded.rows)} trials). Any of them again: ", end="")
+    print(f"leakbench rerun {folder} TRIAL")
+    failed = [row for row in recorded.rows if row["outcome"] in UNFINISHED]
+    if failed:
+        reason = failed[0]["reason"] or failed[0]["outcome"]
+        print(
+            f"leakbench: {len(failed)} trials crashed, ran out of time or memory; "
+            f"the first: {failed[0]['attack']}, trial {failed[0]['trial']}: {reason}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(3)
+
+
+@app.command()
+def leaderboard(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `leakbench run` wrote.")],
+    track: Annotated[
+        str | None, typer.Option(help="label, feature or image [all; csv, json: the first].")
+    ] = None,
+    format: Annotated[str, typer.Option(help="table, csv, json or md.")] = "table",
+) -> None:
+    """Rank the attacks of one or more runs."""
+    _show(runs, track, format)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="attacks, defenses, datasets, models or grids.")],
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list of objects with a name.")] = False,
+) -> None:
+    """List what can be named."""
+    kinds = {
+        "attacks": _list_attacks,
+        "defenses": _list_defenses,
+        "datasets": _list_datasets,
+        "models": _list_models,
+        "grids": _list_grids,
+    }
+    if kind not in kinds:
+        raise UserError(f"nothing is listed as {kind!r}{nearest(kind, kinds)}")
+    entries = kinds[kind]()
+    if as_json:
+        print(json.dumps(entries, indent=2, ensure_ascii=False))
+        return
+    width = max(len(entry["name"]) for entry in entries)
+    for entry in entries:
+        print(f"{entry['name']:<{width}}  {entry['title']}")
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Say how far a run got."""
+    from collections import Counter
+
+    recorded = _read([folder])[0]
+    outcomes = Counter(row["outcome"] for row in recorded.rows)
+    wanted = sum(recorded.expected.values())
+    print(f"{recorded.headers[-1].grid}: {len(recorded.rows)} of {wanted} trials")
+    for outcome, count in outcomes.most_common():
+        print(f"  {count:>7}  {outcome}")
+
+
+@app.command()
+def rerun(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.")],
+    trial: Annotated[str, typer.Argument(help="A trial's key, or its beginning.")],
+    data: DataOption = None,
+) -> None:
+    """Repeat one recorded trial and compare its metrics, digit by digit."""
+    from bench import run as runner
+    from bench.report.record import METRICS
+
+    row, again = runner.rerun(folder, trial, data)
+    print(f"{row['attack']} on {row['dataset']}, {row['model']}, {row['weights']}, {row['defense']}")
+    differing = _print_comparison(row, again, ("outcome", *METRICS))
+    if differing:
+        raise UserError(f"{', '.join(differing)} differ from the record; it was made by {_provenance(row)}")
+    print("The same, digit by digit.")
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="A data set, or lpips (the metric's network).")],
+    data: DataOption = None,
+) -> None:
+    """Download a data set, or LPIPS's network. No other command downloads."""
+    from bench import downloads
+
+    print(downloads.fetch(name, data))
+
+
+@app.command()
+def info() -> None:
+    """Say what is installed, and where things are kept."""
+    import importlib.metadata
+
+    import torch
+
+    from bench.cache import cache_folder, lpips_trunk_file
+    from bench.cases.data import data_folder
+    from bench.run import PROTOCOL_VERSION, commit
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    trunk = lpips_trunk_file()
+    facts = {
+        "leakbench": importlib.metadata.version("leakbench"),
+        "commit": commit() or "no clone",
+        "protocol": PROTOCOL_VERSION,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "GPU": ", ".join(gpus) or "none",
+        "cores": len(os.sched_getaffinity(0)),
+        "cache": cache_folder(),
+        "data": data_folder(None),
+        "LPIPS": trunk if trunk.exists() else "not there: leakbench data lpips",
+    }
+    for name, value in facts.items():
+        print(f"{name:<10} {value}")
+
+
+def _list_attacks() -> list[dict[str, Any]]:
+    from bench.registry import attacks
+
+    return [
+        {
+            "name": name,
+            "title": cls.title,
+            "spec": attacks.canonical(name),
+            "revision": cls.revision,
+            "paper": cls.paper,
+            "threat_model": cls.threat_model,
+            "produces": sorted(cls.produces),
+            "reads": cls.reads,
+        }
+        for name in attacks.names()
+        for cls in [attacks.find(name)]
+    ]
+
+
+def _list_defenses() -> list[dict[str, Any]]:
+    from bench.registry import defenses
+
+    return [
+        {
+            "name": name,
+            "title": cls.title,
+            "spec": defenses.canonical(name),
+            "revision": cls.revision,
+            "paper": cls.paper,
+        }
+        for name in defenses.names()
+        for cls in [defenses.find(name)]
+    ]
+
+
+def _list_datasets() -> list[dict[str, Any]]:
+    from bench.cases import data as sets
+
+    return [{"name": name, "title": title} for name, title in sets.descriptions().items()]
+
+
+def _list_models() -> list[dict[str, Any]]:
+    from bench.cases import models
+
+    return [
+        {"name": name, "title": (builder.__doc__ or "").split("\n")[0], "spec": models.canonical(name)}
+        for name, builder in models.BUILDERS.items()
+    ]
+
+
+def _list_grids() -> list[dict[str, Any]]:
+    from bench.cases.scenario import grid_names, load_grid
+
+    return [{"name": name, "title": load_grid(name).title} for name in grid_names()]
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _engine(workers: int, scheduler: str | None) -> Any:
+    import contextlib
+
+    if workers == 0:
+        from bench.run import InProcess
+
+        in_process: Engine = InProcess()
+        return contextlib.nullcontext(in_process)
+    from bench.cluster import DaskEngine
+
+    return DaskEngine(workers, scheduler)
+
+
+def _read(folders: Sequence[Path]) -> list[Run]:
+    from bench.report import record
+
+    return [record.read(folder) for folder in folders]
+
+
+def _show(folders: Sequence[Path], track: str | None, format: str) -> None:
+    from bench.report import leaderboard as boards
+
+    recorded = _read(folders)
+    tracks = [track] if track else boards.tracks(recorded)
+    if format in ("csv", "json"):
+        tracks = tracks[:1] or ["label"]
+    for name in tracks:
+        print(boards.render(boards.leaderboard(recorded, name), name, format), end="\n")
+
+
+def _print_comparison(row: dict[str, Any], again: Record, columns: Sequence[str]) -> list[str]:
+    """Prints what either has of each column; returns the columns that differ."""
+    differing = []
+    for column in columns:
+        before, now = row[column], getattr(again, column)
+        if before is None and now is None:
+            continue
+        differing += [column] if before != now else []
+        print(f"  {column:<16} {before!r:<24} {'=' if before == now else '≠'} {now!r}")
+    return differing
+
+
+def _provenance(row: dict[str, Any]) -> str:
+    return f"commit {row['commit'][:10] or 'unknown'} with torch {row['torch']} on {row['device']}"
+
+
+def _refuse_shadowed() -> None:
+    """The three packages are the suite's own, and not another project's of the same name."""
+    root = Path(__file__).resolve().parent.parent
+    for name in ("bench", "attacks", "defenses"):
+        found = importlib.util.find_spec(name)
+        places = (
+            [Path(place).resolve() for place in (found.submodule_search_locations or [])] if found else []
+        )
+        if root / name not in places:
+            other = places[0] if places else "nothing"
+            raise UserError(f"package {name!r} is {other}, not LeakBench's {root / name}; leave that folder")
+
+
+def main() -> None:
+    """`leakbench`: 0 done, 1 a user's error, 2 usage, 3 finished with crashed trials."""
+    try:
+        _refuse_shadowed()
+        app()
+    except UserError as error:
+        print(f"leakbench: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # `leakbench … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
