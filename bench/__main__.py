@@ -164,6 +164,22 @@ def rerun(
 
 
 @app.command()
+def new(
+    kind: Annotated[str, typer.Argument(help="attack or defense.")],
+    name: Annotated[str, typer.Argument(help="Its name, as in my_attack; the file is NAME.py.")],
+) -> None:
+    """Write a commented attack or defense to start from, and its test, into this folder."""
+    from bench import authoring
+
+    source, test, class_name = authoring.write(kind, name, Path())
+    print(f"{source} and {test}: complete as they are; edit both. Then:")
+    print(f"  python -m pytest {test}")
+    print(f"  leakbench run --{kind} {source}:{class_name} --samples 20 --out runs/{name}")
+    if kind == "attack":
+        print(f"  leakbench submit {source}:{class_name}")
+
+
+@app.command()
 def data(
     name: Annotated[str, typer.Argument(help="A data set, or lpips (the metric's network).")],
     data: DataOption = None,

@@ -1,8 +1,11 @@
-"""A small grid, and attacks that misbehave."""
+"""The command line, a small grid, and attacks that misbehave."""
 
+import sys
 from pathlib import Path
 
 import pytest
+
+from bench.__main__ import main
 
 GRID = """
 name = "small"
@@ -127,6 +130,23 @@ class Told(Base):
         assert observation.knowledge.label_format is None  # the grid doesn't grant it
         return Reconstruction(Outcome.OK, soft_labels=observation.knowledge.soft_labels)
 '''
+
+
+@pytest.fixture
+def leakbench(monkeypatch, capsys, tmp_path):
+    """Runs the command in an empty folder; returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["leakbench", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

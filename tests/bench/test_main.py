@@ -13,27 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.__main__ import main
 from bench.report import record
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def leakbench(monkeypatch, capsys, tmp_path):
-    """Runs the command in an empty folder; returns its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["leakbench", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture
