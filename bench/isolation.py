@@ -144,9 +144,13 @@ def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 class AttackProcess:
-    """A process that runs attacks: started when it is first needed, and again after it hung or died."""
+    """A process that runs attacks: started when it is first needed, and again after it hung or died.
 
-    def __init__(self) -> None:
+    With `hidden` it is a sandbox, which sees none of these files and folders.
+    """
+
+    def __init__(self, hidden: Sequence[str] | None = None) -> None:
+        self._command = ["bench.isolation"] if hidden is None else ["bench.sandbox", *hidden]
         self._process: subprocess.Popen[bytes] | None = None
 
     def attempts(
@@ -185,7 +189,7 @@ class AttackProcess:
         self._connection, theirs = multiprocessing.Pipe()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.isolation", str(theirs.fileno())],
+            [sys.executable, "-m", *self._command, str(theirs.fileno())],
             env=environment,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -270,4 +274,4 @@ def _serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])))
+    _serve(Connection(int(sys.argv[-1])))

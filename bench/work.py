@@ -20,6 +20,7 @@ from bench import registry
 from bench.cases import data, models, protocol
 from bench.cases.client import FedSGDClient
 from bench.cases.models import Network
+from bench.cases.salt import salted
 from bench.cases.scenario import Scenario, digest, seed
 from bench.errors import UserError
 from bench.isolation import Attempt
@@ -51,6 +52,8 @@ class Context:
         data_root: where data sets lie.
         device: where clients and attacks compute.
         commit: of the suite.
+        salt: where it isn't empty, examples are drawn anew by it, and changed in private: see `cases.salt`.
+        hidden: files and folders that an attack's process can't see, which is then a sandbox.
     """
 
     grid: str
@@ -60,13 +63,16 @@ class Context:
     data_root: Path | None
     device: str
     commit: str
+    salt: str = ""
+    hidden: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Entrant:
     """What is to be known of an attack in a scenario, without its code: `spec` is canonical.
 
-    `granted`: the names of Knowledge that the scenario grants and it uses; `skip`: why it doesn't apply.
+    `granted`: the names of Knowledge that the scenario grants and it uses; `skip`: why it doesn't apply;
+    `code`: the spec under which its process finds it, where that isn't `spec` itself.
     """
 
     spec: str
@@ -75,6 +81,7 @@ class Entrant:
     produces: frozenset[str]
     granted: frozenset[str]
     skip: str | None
+    code: str | None = None
 
     @property
     def knowledge(self) -> str:
@@ -159,7 +166,7 @@ def rows(chunk: Chunk, context: Context, attack: Attack, isolated: bool) -> list
             made += judge(chunk, context, entrant, [skipped] * len(chunk.samples), None, isolated)
             continue
         views = [_for_attack(observation, entrant) for observation in observed.observations]
-        answers = attack(entrant.spec, views, chunk.seeds(entrant), context.time_limit)
+        answers = attack(entrant.code or entrant.spec, views, chunk.seeds(entrant), context.time_limit)
         made += judge(chunk, context, entrant, answers, observed, isolated)
     return made
 
@@ -195,6 +202,8 @@ def observe(chunk: Chunk, context: Context) -> Observed:
     torch.set_num_threads(1)  # sums in one order: results don't depend on the number of cores
     scenario = chunk.scenario
     dataset = dataset_named(scenario.dataset, context.data_root)
+    if context.salt:
+        dataset = salted(dataset, context.salt)
     model = model_of(chunk.network, context.data_root)
     if models.sha256(model) != chunk.weights_sha256:
         raise UserError(f"{scenario.model} has other weights on this machine; share one LEAKBENCH_CACHE")
