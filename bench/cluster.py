@@ -16,11 +16,12 @@ from types import TracebackType
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
 
-from bench import work
+from bench import utility, work
 from bench.cases.models import Network
 from bench.errors import UserError
 from bench.isolation import AttackProcess, Attempt
 from bench.report.record import Record
+from bench.report.utility import Utility
 from bench.threat import Outcome, Reconstruction
 from bench.work import Chunk, Context
 
@@ -95,6 +96,12 @@ class DaskEngine:
         }
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+    def utilities(self, asked: Sequence[utility.Asked], root: Path | None) -> Iterator[Utility]:
+        """What each defense costs, as it gets ready; trained by any worker, none of which attacks."""
+        futures = [self._client.submit(utility.utility, one, root, key=f"utility-{one.key}") for one in asked]
+        for future in as_completed(futures):
+            yield future.result()
 
     def rows(self, chunks: Sequence[Chunk], context: Context) -> Iterator[tuple[Chunk, list[Record]]]:
         """The rows of each chunk, as they get ready; only so many are under way as keep workers busy."""

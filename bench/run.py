@@ -14,15 +14,17 @@ from typing import Any, Protocol
 
 import torch
 
-from bench import registry, work
+from bench import registry, utility, work
 from bench.cases import models
 from bench.cases.client import FedSGDClient
 from bench.cases.models import Network
-from bench.cases.scenario import Grid, Scenario, cells
+from bench.cases.scenario import Grid, Scenario, cells, trained_with
 from bench.errors import UserError
 from bench.isolation import attempts_here
 from bench.report import record
+from bench.report import utility as costs
 from bench.report.record import Header, Record
+from bench.report.utility import Utility
 from bench.threat import Facts
 from bench.work import Chunk, Context, Entrant, dataset_named, weights_sha256
 
@@ -39,6 +41,10 @@ class Engine(Protocol):
 
     def rows(self, chunks: Sequence[Chunk], context: Context) -> Iterator[tuple[Chunk, list[Record]]]:
         """The rows of each chunk, as they get ready."""
+        ...
+
+    def utilities(self, asked: Sequence[utility.Asked], root: Path | None) -> Iterator[Utility]:
+        """What each defense costs, as it gets ready."""
         ...
 
 
@@ -58,6 +64,11 @@ class InProcess:
                 work.rows(chunk, context, lambda *asked: attempts_here(*asked[:-1]), isolated=False),
             )
 
+    def utilities(self, asked: Sequence[utility.Asked], root: Path | None) -> Iterator[Utility]:
+        """One network after the other."""
+        for one in asked:
+            yield utility.utility(one, root)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,6 +79,7 @@ class Plan:
     cells: dict[tuple[Scenario, str], int]
     networks: dict[Scenario, Network]
     entrants: dict[tuple[Scenario, str], Entrant]
+    utilities: tuple[utility.Asked, ...] = ()
 
     @property
     def trials(self) -> int:
@@ -143,7 +155,25 @@ def plan(full: Grid, wanted: Grid, data_root: Path | None, device: str) -> Plan:
         for scenario, attack in wanted_cells
     }
     context = Context(full.name, full.hash, full.seed, full.time_limit, data_root, device, commit())
-    return Plan(wanted, context, wanted_cells, networks, entrants)
+    return Plan(wanted, context, wanted_cells, networks, entrants, _utilities(wanted, data_root))
+
+
+def _utilities(wanted: Grid, data_root: Path | None) -> tuple[utility.Asked, ...]:
+    """Whose cost the grid asks for, none twice."""
+    asked = {
+        utility.Asked(
+            scenario.dataset,
+            dataset_named(scenario.dataset, data_root).sha256,
+            scenario.model,
+            scenario.weight_seed,
+            scenario.defense,
+            registry.defenses.revision(scenario.defense),
+        ): None
+        for scenario in trained_with(wanted)
+    }
+    for name in {one.dataset for one in asked}:
+        dataset_named(name, data_root).training_indices()
+    return tuple(asked)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -223,6 +253,9 @@ class Progress(Protocol):
     def advanced(self, chunk: Chunk, rows: list[Record]) -> None:
         """These are on the disk."""
 
+    def measured(self, cost: Utility) -> None:
+        """What a defense costs is on the disk."""
+
 
 def execute(planned: Plan, engine: Engine, folder: Path, progress: Progress) -> None:
     """Runs what the folder lacks of the plan; every part is on the disk before the next is told of.
@@ -252,6 +285,12 @@ def execute(planned: Plan, engine: Engine, folder: Path, progress: Progress) -> 
         for chunk, rows in engine.rows(pending, planned.context):
             writer.rows([row for row in rows if row.trial not in done])
             progress.advanced(chunk, rows)
+        there = {row["key"] for row in costs.read(folder)}
+        for cost in engine.utilities(
+            [one for one in planned.utilities if one.key not in there], planned.context.data_root
+        ):
+            costs.append(folder, cost)
+            progress.measured(cost)
 
 
 def _done(folder: Path, planned: Plan) -> frozenset[str]:

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.cases.models import Network
 from bench.report.record import Record
+from bench.report.utility import Utility
 from bench.run import Plan
 from bench.work import Chunk
 
@@ -46,6 +47,8 @@ class Watcher:
         where = f"{workers} worker{'s' * (workers != 1)}" if workers else "in this process"
         count = f"{planned.trials} trials in {len(scenarios)} scenarios"
         training = f"{len(planned.to_train)} networks to train"
+        if planned.utilities:
+            training += f", {len(planned.utilities)} trainings with a defense"
         lines.append(f"{count}, {training}; on {planned.context.device}, {where}, into {folder}")
         if planned.cpu_seconds is not None:
             minutes = planned.cpu_seconds / max(workers, 1) / 60
@@ -65,6 +68,10 @@ class Watcher:
         self._bar.update(self._task, completed=done, total=total)
         if done and not self._quiet:
             self._console.print(f"{done} of {total} trials are there already")
+
+    def measured(self, cost: Utility) -> None:
+        """What one defense costs."""
+        self._bar.update(self._task, description=f"trained with {cost.defense.partition('(')[0]}")
 
     def advanced(self, chunk: Chunk, rows: list[Record]) -> None:
         """Some trials more."""

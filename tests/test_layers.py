@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "bench.downloads": ("bench.cache", "bench.cases.data", "bench.errors", "bench.torchvision_ops"),
     "bench.report.record": ("bench.errors",),
     "bench.report.statistics": ("bench.report.record",),
+    "bench.report.utility": ("bench.errors",),
     "bench.report": ("bench.report", "bench.errors", "bench.registry", "bench.threat"),
     "bench.isolation": ("bench.registry", "bench.threat"),
     "bench.work": (
@@ -46,13 +47,22 @@ MAY_IMPORT = {
         "bench.report.record",
         "bench.threat",
     ),
+    "bench.utility": (
+        "bench.cases",
+        "bench.cache",
+        "bench.registry",
+        "bench.report.utility",
+        "bench.threat",
+    ),
     "bench.run": (
         "bench.cases",
         "bench.errors",
         "bench.isolation",
         "bench.registry",
         "bench.report.record",
+        "bench.report.utility",
         "bench.threat",
+        "bench.utility",
         "bench.work",
     ),
     "bench.cluster": (
@@ -60,13 +70,22 @@ MAY_IMPORT = {
         "bench.errors",
         "bench.isolation",
         "bench.report.record",
+        "bench.report.utility",
         "bench.threat",
+        "bench.utility",
         "bench.work",
     ),
     "bench.speed": ("attacks", "bench"),
     "bench.studies": ("attacks", "bench"),
     "bench": ("bench",),
     "attacks.solvers": ("attacks.solvers",),
+    "attacks.images": (
+        "attacks.images._matching",  # the base of attacks by gradient matching
+        "attacks.solvers",
+        "bench.registry",
+        "bench.threat",
+        "bench.torchvision_ops",
+    ),
     "attacks": ("attacks.solvers", "bench.registry", "bench.threat", "bench.torchvision_ops"),
     "defenses": ("bench.registry", "bench.threat"),
 }

@@ -93,6 +93,9 @@ class Block(BaseModel):
     protocol: Texts = ["fedsgd"]
     defense: Texts = ["none"]
     knowledge: Annotated[list[str], BeforeValidator(_listed)] = []
+    utility: bool = False
+    """Whether what each of its defenses costs is measured too, on these networks."""
+
     seconds: Annotated[float, Field(gt=0)] | None = None
     """CPU-seconds that the whole block took when the grid was written, on a 2-core machine."""
 
@@ -195,6 +198,11 @@ def cells(grid: Grid) -> dict[tuple[Scenario, str], int]:
         for scenario, attack in itertools.product(_scenarios(block), _canonical_attacks(block.attacks)):
             wanted[scenario, attack] = max(block.samples, wanted.get((scenario, attack), 0))
     return wanted
+
+
+def trained_with(grid: Grid) -> list[Scenario]:
+    """The scenarios of blocks that ask what defenses cost; only data set, model, seed and defense matter."""
+    return [scenario for block in grid.blocks if block.utility for scenario in _scenarios(block)]
 
 
 def _canonical_attacks(specs: Sequence[str]) -> tuple[str, ...]:
