@@ -10,6 +10,7 @@ from bench.metrics.features import feature_cosine, feature_distances, feature_er
 from bench.metrics.images import image_distances, lpips_available, lpips_distance, mse, psnr, ssim
 from bench.metrics.labels import (
     class_counts,
+    class_counts_exact,
     class_existence,
     label_distances,
     label_error,
@@ -21,7 +22,7 @@ from bench.metrics.labels import (
 from bench.threat import Batch
 
 COLUMNS = (
-    *("success", "label_error", "label_l1", "top1", "class_existence", "class_counts"),
+    *("success", "label_error", "label_l1", "top1", "class_existence", "class_counts", "class_counts_exact"),
     *("feature_error", "feature_cosine", "mse", "psnr", "ssim", "lpips"),
     *("private_top1", "private_mse", "private_lpips"),
 )
@@ -32,6 +33,7 @@ FAILED: Mapping[str, Mapping[str, float | bool]] = {
         "top1": 0.0,
         "class_existence": 0.0,
         "class_counts": 0.0,
+        "class_counts_exact": 0.0,
         "private_top1": 0.0,
     },
     "features": {"feature_cosine": 0.0},
@@ -59,10 +61,10 @@ def score(
     private batch of another size has its own. Images are clamped to [0, 1].
 
     What was returned in another shape, or not at all although the attack `produces` it, has failed:
-    `success` is False, shares (`top1`, `class_existence`, `class_counts`, `private_top1`, `feature_cosine`)
-    are 0, errors and image metrics None. So have images with any pixel that is not finite; labels and
-    features fail row by row. A metric whose value is not finite is None: the error of a row with NaN, the
-    PSNR of a batch with an exact image.
+    `success` is False, shares (`top1`, `class_existence`, `class_counts`, `class_counts_exact`,
+    `private_top1`, `feature_cosine`) are 0, errors and image metrics None. So have images with any pixel that
+    is not finite; labels and features fail row by row. A metric whose value is not finite is None: the error
+    of a row with NaN, the PSNR of a batch with an exact image.
     """
     returned = {"soft_labels": soft_labels, "features": features, "images": images}
     columns: dict[str, float | bool | None] = dict.fromkeys(COLUMNS)
@@ -144,7 +146,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _label_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
-    metrics = (success, label_error, label_l1, top1, class_existence, class_counts)
+    metrics = (success, label_error, label_l1, top1, class_existence, class_counts, class_counts_exact)
     return {metric.__name__: metric(predicted, true) for metric in metrics}
 
 

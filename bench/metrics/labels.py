@@ -108,6 +108,18 @@ def class_counts(predicted: Tensor, true: Tensor) -> Tensor:
     return torch.minimum(_counts(predicted), _counts(true)).sum().double() / len(true)
 
 
+def class_counts_exact(predicted: Tensor, true: Tensor) -> Tensor:
+    """The share of the K classes whose number is told exactly, (N, K), (N, K) -> ().
+
+    The authors of iLRG call this LnAcc, and what is LnAcc here, `class_counts`, IRec. One example taken for
+    another class makes two classes wrong, however many each of them has.
+
+    >>> float(class_counts_exact(torch.eye(4)[[0, 0]], torch.eye(4)[[0, 1]]))
+    0.5
+    """
+    return (_counts(predicted) == _counts(true)).double().mean()
+
+
 def lam_error(predicted: float, true: float) -> float:
     """|λ̂ − λ| / |λ|; infinite where λ̂ is not finite.
 

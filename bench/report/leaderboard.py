@@ -31,6 +31,7 @@ WORST = {
     "top1": 0.0,
     "class_existence": 0.0,
     "class_counts": 0.0,
+    "class_counts_exact": 0.0,
     "format_found": 0.0,
     "feature_error": 1.0,  # what answering zero gives
     "feature_cosine": 0.0,  # what a random direction gives
@@ -77,8 +78,8 @@ class Track:
 _TRACKS = {
     "label": Track(
         "label", "soft_labels", "success", "success",
-        ("success", "label_error", "label_l1", "top1", "class_existence", "class_counts", "lam_error",
-         "format_found", "private_top1"),
+        ("success", "label_error", "label_l1", "top1", "class_existence", "class_counts",
+         "class_counts_exact", "lam_error", "format_found", "private_top1"),
         ("lam_error", "format_found", "private_top1"),
         "trials in which every soft label is recovered (within 0.01), with 95 % intervals",
     ),

@@ -56,6 +56,7 @@ class Record:
     top1: float | None = None
     class_existence: float | None = None
     class_counts: float | None = None
+    class_counts_exact: float | None = None
     lam_error: float | None = None
     format_found: bool | None = None
     feature_error: float | None = None
@@ -84,9 +85,9 @@ class Record:
 COLUMNS = tuple(column.name for column in dataclasses.fields(Record))
 
 METRICS = (
-    "success", "label_error", "label_l1", "top1", "class_existence", "class_counts", "lam_error",
-    "format_found", "feature_error", "feature_cosine", "mse", "psnr", "ssim", "lpips", "private_top1",
-    "private_mse", "private_lpips",
+    "success", "label_error", "label_l1", "top1", "class_existence", "class_counts", "class_counts_exact",
+    "lam_error", "format_found", "feature_error", "feature_cosine", "mse", "psnr", "ssim", "lpips",
+    "private_top1", "private_mse", "private_lpips",
 )  # fmt: skip
 """The columns that say how well a trial did: what `rerun` compares."""
 

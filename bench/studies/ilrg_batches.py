@@ -22,7 +22,7 @@ import torch
 from bench import registry
 from bench.cases import data, models
 from bench.cases.client import FedSGDClient
-from bench.metrics.labels import class_counts, class_existence
+from bench.metrics.labels import class_counts, class_counts_exact, class_existence
 from bench.threat import Facts, Knowledge, Observation
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "labels"
@@ -63,7 +63,7 @@ def rows(
             "classes": num_classes,
             "batch_size": n,
             "class_existence": float(class_existence(found, soft_labels[:n])),
-            "class_counts_exact": float((found.sum(0) == soft_labels[:n].sum(0)).double().mean()),
+            "class_counts_exact": float(class_counts_exact(found, soft_labels[:n])),
             "class_counts": float(class_counts(found, soft_labels[:n])),
         }
         made.append(row)

@@ -25,7 +25,7 @@ import torch
 from bench import registry
 from bench.cases import data, models
 from bench.cases.client import FedSGDClient
-from bench.metrics.labels import class_counts, class_existence
+from bench.metrics.labels import class_counts, class_counts_exact, class_existence
 from bench.threat import Attack, Batch, Facts, Knowledge, Observation, grant, mask
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "labels"
@@ -126,10 +126,9 @@ def attempt(
     }
     if found.soft_labels is None:  # a failed trial counts
         return outcome | {"class_counts": 0.0, "class_counts_exact": 0.0, "class_existence": 0.0}
-    exact = (found.soft_labels.sum(0).round() == private.soft_labels.sum(0)).double().mean()
     return outcome | {
         "class_counts": float(class_counts(found.soft_labels, private.soft_labels)),
-        "class_counts_exact": float(exact),
+        "class_counts_exact": float(class_counts_exact(found.soft_labels, private.soft_labels)),
         "class_existence": float(class_existence(found.soft_labels, private.soft_labels)),
     }
 

@@ -10,6 +10,7 @@ from bench.metrics.features import feature_cosine, feature_distances, feature_er
 from bench.metrics.images import image_distances, lpips_available, lpips_distance, mse, psnr, ssim
 from bench.metrics.labels import (
     class_counts,
+    class_counts_exact,
     class_existence,
     label_distances,
     label_error,
@@ -26,7 +27,8 @@ FACTORIES = {
     *(torch.arange, torch.linspace, torch.logspace, torch.eye, torch.rand, torch.randn, torch.randperm),
 }
 ON_VECTORS = [
-    *(label_distances, label_errors, label_error, success, label_l1, top1, class_existence, class_counts),
+    *(label_distances, label_errors, label_error, success, label_l1, top1),
+    *(class_existence, class_counts, class_counts_exact),
     *(feature_distances, feature_error, feature_cosine),
 ]
 ON_IMAGES = [image_distances, mse, psnr]

@@ -8,6 +8,7 @@ import torch
 from bench.metrics import features, images, labels
 from bench.metrics.labels import (
     class_counts,
+    class_counts_exact,
     class_existence,
     label_distances,
     label_error,
@@ -107,6 +108,7 @@ def test_existence_and_counts_of_a_batch_written_out():
     # presence: 0 and 1 are right, 2 is missed, 3 rightly absent, 4 invented; counts: min(1, 2) + min(2, 1)
     assert class_existence(predicted, true) == pytest.approx(3 / 5)
     assert class_counts(predicted, true) == pytest.approx(2 / 4)
+    assert class_counts_exact(predicted, true) == pytest.approx(1 / 5)  # of class 3 there are rightly none
 
 
 def test_counts_do_not_depend_on_the_order_of_examples():

@@ -34,7 +34,7 @@ def test_the_truth_in_any_order_scores_perfectly(n):
     assert found["success"] is True
     for name in ("label_error", "label_l1", "feature_error", "mse", "private_mse"):
         assert found[name] == 0
-    for name in ("top1", "class_existence", "class_counts", "private_top1"):
+    for name in ("top1", "class_existence", "class_counts", "class_counts_exact", "private_top1"):
         assert found[name] == 1
     assert found["feature_cosine"] == pytest.approx(1)
     assert found["ssim"] == pytest.approx(1)
@@ -80,7 +80,8 @@ def test_columns_that_do_not_apply_are_none():
     released = batch(1)
     assert filled(score(None, None, None, released, released, features(1))) == set()
     assert filled(score(released.soft_labels, None, None, released, released, None)) == {
-        *("success", "label_error", "label_l1", "top1", "class_existence", "class_counts", "private_top1")
+        *("success", "label_error", "label_l1", "top1", "class_existence", "class_counts"),
+        *("class_counts_exact", "private_top1"),
     }
     assert filled(score(None, features(1), None, released, released, features(1))) == {
         "feature_error",
@@ -93,7 +94,8 @@ def test_what_was_promised_and_not_returned_has_failed():
     released = batch(2)
     found = score(None, None, None, released, released, features(2), produces=EVERYTHING)
     assert {name: value for name, value in found.items() if value is not None} == {
-        **{"success": False, "top1": 0, "class_existence": 0, "class_counts": 0, "private_top1": 0},
+        **{"success": False, "top1": 0, "class_existence": 0, "class_counts": 0, "class_counts_exact": 0},
+        "private_top1": 0,
         "feature_cosine": 0,
     }
 
