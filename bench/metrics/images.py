@@ -47,6 +47,40 @@ def psnr(predicted: Tensor, true: Tensor) -> Tensor:
     return -10 * mse(predicted, true).log10()
 
 
+def psnr_8bit(predicted: Tensor, true: Tensor) -> Tensor:
+    """PSNR after rounding both to 256 levels, as a saved PNG has it, (N, C, H, W), (N, C, H, W) -> (N,).
+
+    Infinite where all levels agree; else at most 10 log10(255² · C · H · W), one level off in one entry.
+
+    >>> psnr_8bit(torch.full((1, 1, 2, 2), 0.001), torch.zeros(1, 1, 2, 2)).tolist()
+    [inf]
+    """
+    return psnr(_rounded(predicted), _rounded(true))
+
+
+def _rounded(images: Tensor) -> Tensor:
+    return (images.double() * 255).round() / 255
+
+
+def identified(predicted: Tensor, true: Tensor, pool: Tensor) -> Tensor:
+    """Whether the true image is nearer by MSE than any of a pool: 0 or 1.
+
+    (N, C, H, W), (N, C, H, W), (P, C, H, W) -> (N,), float64.
+
+    What the others of the batch are like counts as well: a mean of the batch identifies no one. A tie, as
+    with a copy of the true image in the pool, identifies no one either; chance gives 1 / (P + N).
+
+    >>> black, grey, white = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.4), torch.ones(1, 1, 2, 2)
+    >>> identified(grey, black, pool=white).tolist(), identified(grey, white, pool=black).tolist()
+    ([1.0], [0.0])
+    """
+    to_true = image_distances(predicted, true)  # (N, N)
+    own = to_true.diagonal()
+    of_others = to_true.masked_fill(torch.eye(len(true), dtype=torch.bool, device=true.device), torch.inf)
+    others = torch.cat([of_others, image_distances(predicted, pool)], dim=1)
+    return (own[:, None] < others).all(dim=1).double()
+
+
 def ssim(predicted: Tensor, true: Tensor) -> Tensor:
     """Structural similarity by scikit-image, (N, C, H, W), (N, C, H, W) -> (N,), float64.
 

@@ -7,7 +7,16 @@ import torch
 
 from bench.errors import UserError
 from bench.metrics import images
-from bench.metrics.images import image_distances, lpips_available, lpips_distance, mse, psnr, ssim
+from bench.metrics.images import (
+    identified,
+    image_distances,
+    lpips_available,
+    lpips_distance,
+    mse,
+    psnr,
+    psnr_8bit,
+    ssim,
+)
 
 needs_trunk = pytest.mark.skipif(
     not lpips_available(), reason="LPIPS's trunk is not in the cache: run `leakbench data lpips`"
@@ -35,6 +44,42 @@ def test_a_constant_offset_has_its_square_as_mse(offset):
 def test_an_exact_image_has_an_infinite_psnr():
     true = noise(2, 1, 4, 4)
     assert psnr(true, true).tolist() == [float("inf")] * 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mse_and_psnr_are_scikit_image_s(channels):
+    metrics = pytest.importorskip("skimage.metrics")
+    true, predicted = noise(2, channels, 12, 14).double(), noise(2, channels, 12, 14).double().flip(3)
+    for value, decibels, a, b in zip(
+        mse(predicted, true), psnr(predicted, true), predicted.numpy(), true.numpy(), strict=True
+    ):
+        assert value.item() == pytest.approx(metrics.mean_squared_error(a, b))
+        assert decibels.item() == pytest.approx(metrics.peak_signal_noise_ratio(b, a, data_range=1))
+
+
+def test_8_bit_psnr_is_scikit_image_s_on_bytes():
+    metrics = pytest.importorskip("skimage.metrics")
+    true, predicted = noise(1, 3, 12, 14), noise(1, 3, 12, 14).flip(3)
+    as_bytes = [(image * 255).round().to(torch.uint8).numpy() for image in (true, predicted)]
+    expected = metrics.peak_signal_noise_ratio(*as_bytes, data_range=255)
+    assert psnr_8bit(predicted, true).item() == pytest.approx(expected)
+
+
+def test_8_bit_psnr_does_not_see_what_rounding_hides():
+    true = (noise(2, 3, 4, 4) * 255).round() / 255
+    assert psnr_8bit(true + 0.4 / 255, true).tolist() == [math.inf] * 2
+    one_level = true.clone()
+    one_level[0, 0, 0, 0] = (true[0, 0, 0, 0] * 255 - 1).abs() / 255
+    assert psnr_8bit(one_level, true)[0].item() == pytest.approx(10 * math.log10(255**2 * 48))
+
+
+def test_the_true_image_is_identified_where_it_is_nearer_than_the_pool_and_the_batch():
+    true, pool = noise(3, 1, 4, 4)[:2], noise(3, 1, 4, 4)[2:]
+    assert identified(true + 1e-3, true, pool).tolist() == [1, 1]
+    assert identified(true.flip(0), true, pool).tolist() == [0, 0]
+    assert identified(true.mean(dim=0, keepdim=True).expand(2, 1, 4, 4), true, pool).sum() <= 1
+    assert identified(pool.expand(2, 1, 4, 4), true, pool).tolist() == [0, 0]
+    assert identified(true, true, true[:1]).tolist() == [0, 1]  # a copy is in the pool
 
 
 def test_distances_between_all_pairs_are_their_mse():
