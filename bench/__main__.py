@@ -42,7 +42,7 @@ def run(
         str | None, typer.Option(help="cpu, cuda, cuda:1, … [a GPU where there is one].")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes; 0 runs in this one [one a core].")
+        int | None, typer.Option(min=0, help="Processes; 0 runs in this one [one a core, or a GPU].")
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="A Dask cluster that is already there.")] = None,
     attack: Annotated[list[str] | None, typer.Option(help="Replaces the grid's attacks; repeatable.")] = None,
@@ -56,17 +56,17 @@ def run(
         raise UserError("--workers starts processes here, --scheduler takes a cluster's: give one of them")
     from bench import run as runner
     from bench.cases.scenario import load_grid, replaced
-    from bench.watcher import Watcher
+    from bench.watcher import Watcher, stoppable
 
     full = load_grid(grid)
     wanted = replaced(full, attack or [], defense or [], samples)
     folder = out or Path("runs") / full.name
-    count = len(os.sched_getaffinity(0)) if workers is None else workers
     planned = runner.plan(full, wanted, data, device or _default_device())
-    watcher = Watcher(quiet)
-    watcher.cost(planned, count, folder)
+    count = _default_workers(planned.context.device) if workers is None else workers
+    watcher = Watcher(folder, quiet)
+    watcher.cost(planned, count, scheduler)
     try:
-        with watcher, _engine(count, scheduler) as engine:
+        with stoppable(), watcher, _engine(count, scheduler) as engine:
             runner.execute(planned, engine, folder, watcher)
     except KeyboardInterrupt:
         print(
@@ -134,15 +134,33 @@ def list_(
 
 @app.command()
 def status(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
-    """Say how far a run got."""
-    from collections import Counter
+    """Say how far a run got, and whether it still goes on."""
+    from bench.report import record
+    from bench.watcher import STATE
 
-    recorded = _read([folder])[0]
-    outcomes = Counter(row["outcome"] for row in recorded.rows)
-    wanted = sum(recorded.expected.values())
-    print(f"{recorded.headers[-1].grid}: {len(recorded.rows)} of {wanted} trials")
-    for outcome, count in outcomes.most_common():
+    so_far = record.counted(folder)
+    done = sum(so_far.outcomes.values())
+    print(f"{so_far.grid}: {done} of {so_far.wanted} trials")
+    for outcome, count in so_far.outcomes.most_common():
         print(f"  {count:>7}  {outcome}")
+    if record.is_written(folder):
+        state = folder / STATE
+        print(f"running: {state.read_text() if state.exists() else ' its networks are being made ready'}")
+    elif done < so_far.wanted:
+        print("not running: the same `leakbench run` goes on")
+
+
+@app.command()
+def check(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Say whether a run is whole: no line damaged, no trial doubled or missing. One line a fault."""
+    from bench.report import record
+
+    faults = record.faults(folder)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise UserError(f"{folder} is not whole: {len(faults)} fault{'s' * (len(faults) > 1)}")
+    print(f"whole: {sum(record.counted(folder).outcomes.values())} trials")
 
 
 @app.command()
@@ -280,6 +298,15 @@ def _default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _default_workers(device: str) -> int:
+    """One for each core; one for each GPU where that is what computes, `cuda:1` being one."""
+    if not device.startswith("cuda"):
+        return len(os.sched_getaffinity(0))
+    import torch
+
+    return max(1, torch.cuda.device_count()) if device == "cuda" else 1
 
 
 def _engine(workers: int, scheduler: str | None) -> Any:

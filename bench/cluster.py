@@ -8,32 +8,47 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import heapq
+import itertools
 import logging
+import math
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from types import TracebackType
 
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
+from distributed.comm import CommClosedError
 
 from bench import utility, work
 from bench.cases.models import Network
 from bench.errors import UserError
 from bench.isolation import AttackProcess, Attempt
-from bench.report.record import Record
 from bench.report.utility import Utility
 from bench.threat import Outcome, Reconstruction
-from bench.work import Chunk, Context
+from bench.work import Chunk, Context, Finished
 
 DEATHS = 2
 """How many workers a chunk may take with it and be tried again."""
 
 AHEAD = 2
-"""Chunks that wait beside a worker's own, so that it never waits for the driver."""
+"""Tasks that wait beside a worker's own, so that it never waits for the driver."""
+
+SECONDS = 1.0
+"""How long a worker works before it hands back what is left."""
+
+MOST_CHUNKS = 1_000
+"""In one task."""
 
 SETTINGS = {
     "distributed.scheduler.allowed-failures": DEATHS,
     "distributed.scheduler.worker-saturation": 1.0,
+    "distributed.scheduler.work-stealing": False,
+    "distributed.scheduler.worker-ttl": None,  # by the wall clock, which jumps; a lost connection says it too
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,  # what a client holds never goes to the disk
     "distributed.worker.memory.pause": False,
@@ -43,6 +58,69 @@ SETTINGS = {
 }
 
 
+class Supply:
+    """Chunks on their way to workers: in tasks of about a second, and parted where workers would wait.
+
+    A worker hands back what it didn't come to; that goes out again first. How chunks are dealt out changes
+    nothing in any row: stacks and seeds are the chunks' own.
+    """
+
+    def __init__(self, chunks: Iterator[Chunk], count: int) -> None:
+        """`count`: how many chunks there are; they are drawn one by one."""
+        self._fresh, self._unseen = chunks, count
+        self._returned: deque[Chunk] = deque()
+        self._suspects: deque[Chunk] = deque()
+        self._each: float | None = None
+
+    def __len__(self) -> int:
+        return self._unseen + len(self._returned) + len(self._suspects)
+
+    def task(self, workers: int) -> tuple[Chunk, ...]:
+        """What one worker should do next; nothing where nothing is left."""
+        if len(self) < 2 * workers:
+            self._part(2 * workers)
+        if self._suspects:
+            return (self._suspects.popleft(),)
+        fair = len(self) // (4 * workers)
+        wanted = 1 if self._each is None else int(SECONDS / max(self._each, 1e-9))
+        return tuple(self._draw(max(1, min(wanted, fair, MOST_CHUNKS))))
+
+    def learn(self, chunks: int, seconds: float) -> None:
+        """So many chunks took so long."""
+        each = seconds / max(chunks, 1)
+        self._each = each if self._each is None else 0.7 * self._each + 0.3 * each
+
+    def give_back(self, chunks: Sequence[Chunk]) -> None:
+        """What a worker has left over."""
+        self._returned.extendleft(reversed(chunks))
+
+    def suspect(self, chunks: Sequence[Chunk]) -> None:
+        """One of these may kill workers: from now on each goes alone."""
+        self._suspects.extend(chunks)
+
+    def _draw(self, most: int) -> list[Chunk]:
+        drawn = [self._returned.popleft() for _ in range(min(most, len(self._returned)))]
+        fresh = list(itertools.islice(self._fresh, most - len(drawn)))
+        self._unseen -= len(fresh)
+        return drawn + fresh
+
+    def _part(self, enough: int) -> None:
+        """Parts the chunks that are left until there are enough, the largest first."""
+        whole = [(-chunk.trials, at, chunk) for at, chunk in enumerate(self._draw(len(self)))]
+        heapq.heapify(whole)
+        parted: list[Chunk] = []
+        made = itertools.count(len(whole))
+        while whole and len(whole) + len(parted) < enough:
+            _, _, largest = heapq.heappop(whole)
+            halves = largest.halves()
+            if len(halves) == 1:
+                parted.append(largest)
+            else:
+                for half in halves:
+                    heapq.heappush(whole, (-half.trials, next(made), half))
+        self._returned = deque([*parted, *(chunk for _, _, chunk in sorted(whole))])
+
+
 class DaskEngine:
     """Runs chunks on a cluster; a context manager that closes what it started."""
 
@@ -50,6 +128,7 @@ class DaskEngine:
         """`workers` processes here, or the cluster at the address `scheduler`."""
         self._workers, self._address = workers, scheduler
         self._stack = contextlib.ExitStack()
+        self._count, self._counted = 0, -math.inf
 
     def __enter__(self) -> DaskEngine:
         self._stack.enter_context(dask.config.set(SETTINGS))
@@ -62,7 +141,7 @@ class DaskEngine:
             self._client = self._stack.enter_context(Client(self._address, timeout="10s"))
         except (OSError, ValueError) as error:
             raise UserError(f"no Dask scheduler answers at {self._address}: {error}") from None
-        if not self._count():
+        if not self.workers:
             raise UserError(
                 f"the scheduler at {self._address} has no workers; "
                 f"start some with: dask worker {self._address} --nthreads 1"
@@ -85,8 +164,15 @@ class DaskEngine:
             env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
 
-    def _count(self) -> int:
-        return len(self._client.scheduler_info(n_workers=-1)["workers"])
+    @property
+    def workers(self) -> int:
+        """How many there are, as of a second ago."""
+        if time.monotonic() - self._counted > 1:
+            self._count, self._counted = (
+                len(self._client.scheduler_info(n_workers=-1)["workers"]),
+                time.monotonic(),
+            )
+        return self._count
 
     def weights(self, networks: Sequence[Network], root: Path | None) -> Iterator[tuple[Network, str]]:
         """Each network and its weights' hash, as they get ready; trained by any worker."""
@@ -103,46 +189,73 @@ class DaskEngine:
         for future in as_completed(futures):
             yield future.result()
 
-    def rows(self, chunks: Sequence[Chunk], context: Context) -> Iterator[tuple[Chunk, list[Record]]]:
-        """The rows of each chunk, as they get ready; only so many are under way as keep workers busy."""
-        waiting = iter(chunks)
-        under_way: dict[Future, Chunk] = {}
+    def finish(self, chunks: Iterator[Chunk], count: int, context: Context) -> Iterator[Finished]:
+        """The rows of all chunks, as they get ready; only so many are under way as keep workers busy.
+
+        A task whose workers die again and again is parted into its chunks; a chunk that is alone to blame
+        has crashed.
+
+        Raises:
+            UserError: the scheduler is gone, or the suite isn't where the workers are.
+        """
+        supply = Supply(chunks, count)
+        under_way: dict[Future, tuple[Chunk, ...]] = {}
         ready = as_completed()
 
-        def start_next() -> None:
-            for chunk in waiting:
-                future = self._client.submit(_rows, chunk, context, pure=False)
-                under_way[future] = chunk
+        def fill() -> None:
+            workers = max(1, self.workers)
+            while len(under_way) < (1 + AHEAD) * workers and (task := supply.task(workers)):
+                future = self._client.submit(_finish, task, context, pure=False)
+                under_way[future] = task
                 ready.add(future)
-                return
 
-        for _ in range((1 + AHEAD) * self._count()):
-            start_next()
+        fill()
         for future in ready:
-            chunk = under_way.pop(future)
+            task = under_way.pop(future)
             try:
-                yield chunk, future.result()
-            except KilledWorker:
-                yield chunk, _lost(chunk, context)
-            start_next()
+                part = future.result()
+                supply.give_back(part.left)
+                supply.learn(len(task) - len(part.left), part.seconds)
+                yield part
+            except KilledWorker as error:
+                if len(task) > 1:
+                    supply.suspect(task)
+                else:
+                    yield _lost(task[0], context, error.allowed_failures + 1)
+            except (CommClosedError, CancelledError) as error:
+                raise UserError(
+                    f"the scheduler is gone ({type(error).__name__}); the same command goes on"
+                ) from None
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"a worker lacks a module: {error}; install leakbench where workers run"
+                ) from None
+            fill()
 
 
 @functools.cache
-def _attack_process() -> AttackProcess:
+def _attack_process(hidden: tuple[str, ...] | None) -> AttackProcess:
     """This worker's."""
-    return AttackProcess()
+    return AttackProcess(hidden)
 
 
-def _rows(chunk: Chunk, context: Context) -> list[Record]:
-    return work.rows(chunk, context, _attack_process().attempts, isolated=True)
+_ONE_AT_A_TIME = threading.Lock()
+"""A worker has one attack process, however many threads it was started with."""
 
 
-def _lost(chunk: Chunk, context: Context) -> list[Record]:
+def _finish(chunks: Sequence[Chunk], context: Context) -> Finished:
+    with _ONE_AT_A_TIME:
+        attack = _attack_process(context.hidden).attempts
+        return work.finish(chunks, context, attack, isolated=True, seconds=SECONDS)
+
+
+def _lost(chunk: Chunk, context: Context, deaths: int) -> Finished:
     """The rows of a chunk that no worker survived."""
-    died = Attempt(Reconstruction(Outcome.CRASHED), f"{DEATHS + 1} workers died over its chunk")
-    attempts = [died] * len(chunk.samples)
-    return [
+    died = Attempt(Reconstruction(Outcome.CRASHED), f"{deaths} workers died over its chunk")
+    attempts = [died] * len(chunk.attacked)
+    rows = [
         row
         for entrant in chunk.entrants
         for row in work.judge(chunk, context, entrant, attempts, None, isolated=True)
     ]
+    return work.finished(rows, (), 0.0)

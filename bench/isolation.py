@@ -1,41 +1,80 @@
 """Attacks at work: in this process, or in one of their own that never holds any truth.
 
 What goes into an attack's process is its spec, its view of the observations and its seeds; what comes out
-is safetensors and JSON, which is checked before anybody trusts it. A process that hangs or dies is replaced.
+is its answers: safetensors and JSON both ways, and what comes out is checked before anybody trusts it. Time
+and memory are limited from outside; a process that hangs, bloats or dies is replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
+import functools
 import json
 import math
 import multiprocessing
 import os
-import pickle
 import queue
 import random
 import resource
+import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import psutil
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import registry
-from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction
+from bench.cases import models
+from bench.cases.client import FedSGDClient
+from bench.threat import Attack, Batch, Facts, Knowledge, Observation, Outcome, Reconstruction, Update
 
 PARTS = ("soft_labels", "features", "images")
 OWN_ACCOUNT = (Outcome.OK, Outcome.STEP_LIMIT, Outcome.DIVERGED, Outcome.UNIDENTIFIABLE)
 """The outcomes that an attack may return."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a trial may take: seconds, and bytes that the attack's process and its children hold."""
+
+    seconds: float
+    memory: float = math.inf
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The public model of some observations but for its weights, as whoever builds it again needs it.
+
+    Attributes:
+        model: its spec.
+        image_shape: (C, H, W).
+        num_classes: K.
+        defense: whose `prepare` changed it.
+        batch_norm: the client's mode, `eval` or `train`.
+        weights_sha256: of the weights, which are sent beside it.
+    """
+
+    model: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    defense: str
+    batch_norm: str
+    weights_sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +138,7 @@ def _checked(answer: Any, facts: Facts, seconds: float | None, peak: int | None)
         raise TypeError(f"run returned {type(answer).__name__}, not a Reconstruction")
     if answer.outcome not in OWN_ACCOUNT:
         raise ValueError(f"run returned {answer.outcome}, which is not an attack's to say")
-    n = facts.batch_size
-    shapes = (n, facts.num_classes), (n, facts.feature_width), (n, *facts.image_shape)
-    for name, shape in zip(PARTS, shapes, strict=True):
+    for name, shape in zip(PARTS, _shapes(facts), strict=True):
         value = getattr(answer, name)
         if value is None:
             continue
@@ -125,7 +162,10 @@ def _detached(value: Tensor | None) -> Tensor | None:
 
 
 def _crashed(error: BaseException) -> Attempt:
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    no_room = ("can't allocate memory", "not enough memory")  # torch's words for a MemoryError on the CPU
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in no_room)
+    )
     outcome = Outcome.OUT_OF_MEMORY if out_of_memory else Outcome.CRASHED
     return Attempt(Reconstruction(outcome), f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
 
@@ -143,6 +183,16 @@ def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:
 # --- a process of its own ---------------------------------------------------------------------------------
 
 
+MODELS = 2
+"""How many models a process keeps between questions."""
+
+LOOKS = 0.05
+"""Seconds between two looks at how much memory an attack's process holds."""
+
+MOST_WORDS = 2**16
+"""Bytes that the notes and reason of one answer may take."""
+
+
 class AttackProcess:
     """A process that runs attacks: started when it is first needed, and again after it hung or died.
 
@@ -152,40 +202,77 @@ class AttackProcess:
     def __init__(self, hidden: Sequence[str] | None = None) -> None:
         self._command = ["bench.isolation"] if hidden is None else ["bench.sandbox", *hidden]
         self._process: subprocess.Popen[bytes] | None = None
+        self._sent: OrderedDict[Architecture, None] = OrderedDict()
+        self._answered = 0
 
     def attempts(
-        self, spec: str, observations: Sequence[Observation], seeds: Sequence[int], time_limit: float
+        self,
+        spec: str,
+        observations: Sequence[Observation],
+        seeds: Sequence[int],
+        limits: Limits,
+        architecture: Architecture,
     ) -> list[Attempt]:
-        """As `attempts` above; `time_limit` in seconds a trial.
+        """As `attempts` above; `limits` are a trial's, `architecture` that of the observations' model.
 
-        Where a stack kills the process or outlasts the limit, each of its trials is tried alone.
+        Where a stack kills the process or breaks a limit, each of its trials is tried alone.
         """
-        question = pickle.dumps((spec, list(observations), list(seeds)))
-        lost = Attempt(Reconstruction(Outcome.CRASHED), "the attack's process died")
+        fresh = self._answered == 0
         try:
-            answer = self._ask(question, time_limit * len(seeds))
-            return _decoded(answer, [observation.facts for observation in observations])
+            answer = self._ask(spec, observations, seeds, limits, architecture)
+            found = _decoded(answer, [observation.facts for observation in observations])
+            self._answered += 1
+            return found
         except TimeoutError:
-            lost = Attempt(Reconstruction(Outcome.TIMEOUT), f"stopped after {time_limit:g} s", time_limit)
+            reason = f"stopped after {limits.seconds:g} s"
+            lost = Attempt(Reconstruction(Outcome.TIMEOUT), reason, limits.seconds)
+        except MemoryError:
+            reason = f"stopped at more than {limits.memory / GIB:g} GiB"
+            lost = Attempt(Reconstruction(Outcome.OUT_OF_MEMORY), reason)
+            fresh = fresh or self._answered == 0
         except (EOFError, OSError):
-            pass
+            lost = Attempt(Reconstruction(Outcome.CRASHED), self._last_words())
         except _UnreadableError as error:
             lost = _crashed(error)
         self.stop()
-        if len(seeds) == 1:
-            return [lost]
+        if len(seeds) == 1 and (fresh or lost.reconstruction.outcome is not Outcome.OUT_OF_MEMORY):
+            return [lost]  # else the memory may be what others before it left behind
         pairs = zip(observations, seeds, strict=True)
-        return [self.attempts(spec, [one], [seed], time_limit)[0] for one, seed in pairs]
+        return [self.attempts(spec, [one], [seed], limits, architecture)[0] for one, seed in pairs]
 
-    def _ask(self, question: bytes, seconds: float) -> bytes:
+    def _ask(
+        self,
+        spec: str,
+        observations: Sequence[Observation],
+        seeds: Sequence[int],
+        limits: Limits,
+        architecture: Architecture,
+    ) -> bytes:
+        """The process' answer.
+
+        Raises:
+            TimeoutError: it takes too long.
+            MemoryError: it holds too much.
+            EOFError, OSError: it dies.
+        """
         if self._process is None or self._process.poll() is not None:
             self._start()
-        self._connection.send_bytes(question)
-        if not self._connection.poll(seconds):
-            raise TimeoutError
-        return self._connection.recv_bytes()
+        assert self._process is not None
+        deadline = time.monotonic() + limits.seconds * len(seeds)
+        messages = [_question(spec, observations, seeds, architecture)]
+        if architecture not in self._sent:
+            messages.insert(0, _model_message(observations[0].model, architecture))
+        _keep(self._sent, architecture, None)
+        # Beside the wait for the answer: a process that doesn't read breaks its limit of time.
+        threading.Thread(target=_send, args=(self._connection, messages), daemon=True).start()
+        part = sum(math.prod(shape) for shape in _shapes(observations[0].facts)) * 8
+        most = len(seeds) * (part + MOST_WORDS) + MOST_WORDS
+        return _received(self._connection, most, deadline, limits.memory, self._process.pid)
 
     def _start(self) -> None:
+        _hide_memory()
+        self._sent.clear()
+        self._answered = 0
         self._connection, theirs = multiprocessing.Pipe()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(
@@ -195,56 +282,302 @@ class AttackProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # what the attack starts ends with it
         )
         theirs.close()
         self._connection.recv_bytes()  # it is ready: the limits of trials begin after this
 
+    def _last_words(self) -> str:
+        """Why the process isn't there any more."""
+        code = 0
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(1)
+        return f"the attack's process died{f', killed by signal {-code}' * (code < 0)}"
+
     def stop(self) -> None:
         """Ends the process, whatever it does."""
         if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
             self._process.wait()
             self._connection.close()
             self._process = None
+            self._answered = 0
+
+
+def _send(connection: Connection, messages: Sequence[bytes]) -> None:
+    with contextlib.suppress(OSError):  # it died: whoever waits for its answer finds out
+        for message in messages:
+            connection.send_bytes(message)
+
+
+@functools.cache
+def _hide_memory() -> None:
+    """No process of the same user may read this one's memory, as an attack might; root still may."""
+    if sys.platform == "linux":
+        not_dumpable = (4, 0)  # PR_SET_DUMPABLE
+        ctypes.CDLL(None).prctl(*not_dumpable)
+
+
+class _Meter:
+    """What a process and its children hold; who they are is looked up twice a second."""
+
+    def __init__(self, pid: int) -> None:
+        self._root = psutil.Process(pid)
+        self._all, self._found = [self._root], time.monotonic()
+
+    def resident_bytes(self) -> int:
+        """In all."""
+        with contextlib.suppress(psutil.Error):
+            if time.monotonic() - self._found > 10 * LOOKS:
+                self._all = [self._root, *self._root.children(recursive=True)]
+                self._found = time.monotonic()
+        held = 0
+        for process in self._all:
+            with contextlib.suppress(psutil.Error):
+                held += process.memory_info().rss
+        return held
+
+
+def _received(connection: Connection, most: int, deadline: float, memory: float, pid: int) -> bytes:
+    """One message of `multiprocessing`, of at most so many bytes, while time and memory are watched."""
+    meter = _Meter(pid)
+    looked = time.monotonic()
+
+    def exactly(count: int) -> bytes:
+        nonlocal looked
+        content = bytearray()
+        while len(content) < count:
+            now = time.monotonic()
+            if now >= deadline:
+                raise TimeoutError
+            if now - looked >= LOOKS:
+                looked = now
+                if meter.resident_bytes() > memory:
+                    raise MemoryError
+            if connection.poll(min(LOOKS, deadline - now)):
+                got = os.read(connection.fileno(), min(count - len(content), 2**20))
+                if not got:
+                    raise EOFError
+                content += got
+        return bytes(content)
+
+    (size,) = struct.unpack("!i", exactly(4))
+    if size == -1:
+        (size,) = struct.unpack("!Q", exactly(8))
+    if not 0 <= size <= most:
+        raise _UnreadableError(f"the attack's process sent what is no answer: {size} bytes")
+    return exactly(size)
 
 
 class _UnreadableError(ValueError):
     """What came out of an attack's process can't be read."""
 
 
-def _encoded(answers: Sequence[Attempt]) -> bytes:
+# --- what goes in ------------------------------------------------------------------------------------------
+
+
+def _message(text: dict[str, Any] | list[Any], tensors: dict[str, Tensor]) -> bytes:
     """JSON, a NUL, and the tensors."""
-    texts, tensors = [], {}
-    for index, one in enumerate(answers):
-        made = one.reconstruction
-        notes = {str(key): _plain(value) for key, value in made.notes.items()}
-        texts.append([made.outcome.name, one.reason, one.seconds, one.peak_bytes, notes])
-        for part in PARTS:
-            value = getattr(made, part)
-            if value is not None:
-                tensors[f"{index} {part}"] = value.contiguous().cpu()
-    return json.dumps(texts).encode() + b"\0" + safetensors.torch.save(tensors)
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return json.dumps(text).encode() + b"\0" + safetensors.torch.save(plain)
+
+
+def _model_message(model: nn.Module, architecture: Architecture) -> bytes:
+    """The weights of a model; a weight that has two names is sent once."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    tied = {name: first.setdefault(id(value), name) for name, value in named}
+    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
+    text = {"architecture": asdict(architecture), "tied": tied, "frozen": frozen}
+    return _message(text, {name: value for name, value in named if tied[name] == name})
+
+
+def _question(
+    spec: str, observations: Sequence[Observation], seeds: Sequence[int], architecture: Architecture
+) -> bytes:
+    """What an attack is asked. All observations are of one model and of the same kind."""
+    first = observations[0]
+    known = first.knowledge
+    text = {
+        "spec": spec,
+        "seeds": list(seeds),
+        "architecture": asdict(architecture),
+        "device": str(first.head_weight.device),
+        "head": first.head,
+        "facts": asdict(first.facts) | {"granted": sorted(first.facts.granted)},
+        "label_formats": [one.knowledge.label_format for one in observations],
+        "knowledge": {
+            "local_steps": known.local_steps,
+            "local_lr": known.local_lr,
+            "defense": known.defense,
+        },
+    }
+    tensors = {}
+
+    def stack(name: str, values: Iterator[Tensor]) -> None:
+        tensors[name] = torch.stack(list(values))
+
+    for name in first.update:
+        stack(f"update 0 {name}", (one.update[name] for one in observations))
+    for later in range(len(first.later_updates)):
+        for name in first.later_updates[later]:
+            stack(f"update {later + 1} {name}", (one.later_updates[later][name] for one in observations))
+    if known.soft_labels is not None:
+        stack("soft_labels", (one.knowledge.soft_labels for one in observations))  # type: ignore[misc]
+    if known.auxiliary is not None:
+        tensors["auxiliary images"] = known.auxiliary.images
+        tensors["auxiliary soft_labels"] = known.auxiliary.soft_labels
+    for layer in known.batch_norm or {}:
+        for at, what in enumerate(("mean", "variance")):
+            stack(f"{what} {layer}", (one.knowledge.batch_norm[layer][at] for one in observations))  # type: ignore[index]
+    return _message(text, tensors)
+
+
+def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Enters a key as the newest; both ends of a connection forget the same ones."""
+    kept.pop(key, None)
+    kept[key] = value
+    while len(kept) > MODELS:
+        kept.popitem(last=False)
+
+
+class _Model:
+    """A model as it was sent: whole again for each question, whatever the last attack did to it."""
+
+    def __init__(self, text: dict[str, Any], weights: bytes) -> None:
+        asked = _architecture(text)
+        built = models.build(asked.model, asked.image_shape, asked.num_classes, seed=0)
+        prepare = registry.defenses.make(asked.defense).prepare
+        built = prepare(built, torch.Generator(device="cpu").manual_seed(0)).eval()
+        self._skeleton = FedSGDClient.with_batch_norm(built, asked.batch_norm).model.to("meta")
+        self._tied, self._frozen, self._weights = text["tied"], frozenset(text["frozen"]), weights
+
+    def whole(self, device: str) -> nn.Module:
+        """A copy of its own."""
+        model = copy.deepcopy(self._skeleton)
+        tensors = {name: one.to(device) for name, one in safetensors.torch.load(self._weights).items()}
+        parameters = {
+            name: nn.Parameter(tensors[name], requires_grad=name not in self._frozen)
+            for name, _ in model.named_parameters()
+        }
+        for name, source in self._tied.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            if source in parameters:
+                module._parameters[leaf] = parameters[source]
+            else:
+                module._buffers[leaf] = tensors[source]
+        return model
+
+
+def _architecture(text: dict[str, Any]) -> Architecture:
+    fields = text["architecture"]
+    return Architecture(**(fields | {"image_shape": tuple(fields["image_shape"])}))
+
+
+def _asked(text: dict[str, Any], blob: bytes, model: nn.Module) -> list[Observation]:
+    """The observations of a question."""
+    tensors = {name: one.to(text["device"]) for name, one in safetensors.torch.load(blob).items()}
+    given = text["facts"]
+    facts = Facts(
+        **(given | {"image_shape": tuple(given["image_shape"]), "granted": frozenset(given["granted"])})
+    )
+    updates: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("update "):
+            _, when, name = key.split(" ", 2)
+            updates.setdefault(int(when), {})[name] = value
+    auxiliary = None
+    if "auxiliary images" in tensors:
+        auxiliary = Batch(tensors["auxiliary images"], tensors["auxiliary soft_labels"])
+    layers = [key.partition(" ")[2] for key in tensors if key.startswith("mean ")]
+
+    def update(when: int, at: int) -> Update:
+        return {name: value[at] for name, value in updates.get(when, {}).items()}
+
+    return [
+        Observation(
+            model,
+            update(0, at),
+            text["head"],
+            facts,
+            Knowledge(
+                label_format=label_format,
+                soft_labels=tensors["soft_labels"][at] if "soft_labels" in tensors else None,
+                auxiliary=auxiliary,
+                batch_norm={
+                    layer: (tensors[f"mean {layer}"][at], tensors[f"variance {layer}"][at])
+                    for layer in layers
+                }
+                or None,
+                **text["knowledge"],
+            ),
+            tuple(update(when, at) for when in range(1, len(updates))),
+        )
+        for at, label_format in enumerate(text["label_formats"])
+    ]
+
+
+# --- what comes out ----------------------------------------------------------------------------------------
+
+
+def _encoded(answers: Sequence[Attempt]) -> bytes:
+    """JSON, a NUL, and of each part the stack of those that are there."""
+    texts, stacks = [], {}
+    made = [one.reconstruction for one in answers]
+    for one in answers:
+        notes = {str(key)[:100]: _plain(value) for key, value in list(one.reconstruction.notes.items())[:50]}
+        there = [getattr(one.reconstruction, part) is not None for part in PARTS]
+        outcome = one.reconstruction.outcome.name
+        texts.append([outcome, one.reason[:500], one.seconds, one.peak_bytes, notes, there])
+    for part in PARTS:
+        values = [value for one in made if (value := getattr(one, part)) is not None]
+        if values:
+            stacks[part] = torch.stack(values)
+    return _message(texts, stacks)
 
 
 def _plain(value: Any) -> float | str | int | bool:
-    return value if isinstance(value, float | str | int | bool) else str(value)
+    return value if isinstance(value, float | int | bool) else str(value)[:500]
+
+
+def _shapes(facts: Facts) -> tuple[tuple[int, ...], ...]:
+    """The shapes of an answer's parts."""
+    n = facts.batch_size
+    return (n, facts.num_classes), (n, facts.feature_width), (n, *facts.image_shape)
 
 
 def _decoded(answer: bytes, facts: Sequence[Facts]) -> list[Attempt]:
     """The attempts; what is said of them is believed only as far as an attack may say it."""
     text, _, blob = answer.partition(b"\0")
     try:
-        texts, tensors = json.loads(text), safetensors.torch.load(blob)
+        texts, stacks = json.loads(text), safetensors.torch.load(blob)
+        rest = {part: iter(stack) for part, stack in stacks.items()}
         return [
-            _believed(texts[at], [tensors.get(f"{at} {part}") for part in PARTS], one)
-            for at, one in enumerate(facts)
+            _believed(
+                one,
+                [next(rest[part]) if there else None for part, there in zip(PARTS, one[5], strict=True)],
+                about,
+            )
+            for one, about in zip(texts, facts, strict=True)
         ]
-    except (ValueError, TypeError, KeyError, IndexError, safetensors.SafetensorError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        StopIteration,
+        RecursionError,
+        safetensors.SafetensorError,
+    ) as error:
         raise _UnreadableError(f"the attack's process sent what is no answer: {error}") from None
 
 
 def _believed(text: Any, parts: Sequence[Tensor | None], facts: Facts) -> Attempt:
-    outcome, reason, seconds, peak, notes = text
+    outcome, reason, seconds, peak, notes, _ = text
     if outcome in (Outcome.CRASHED.name, Outcome.OUT_OF_MEMORY.name):
         return Attempt(Reconstruction(Outcome[outcome]), str(reason))
     checked = _checked(
@@ -256,6 +589,9 @@ def _believed(text: Any, parts: Sequence[Tensor | None], facts: Facts) -> Attemp
     return Attempt(checked.reconstruction, str(reason), checked.seconds, checked.peak_bytes)
 
 
+# --- inside the process ------------------------------------------------------------------------------------
+
+
 def _serve(connection: Connection) -> None:
     """What the process of an attack does, until whoever asks is gone."""
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -265,12 +601,23 @@ def _serve(connection: Connection) -> None:
             while True:
                 inbox.put(connection.recv_bytes())
         except (EOFError, OSError):
+            if os.getpgrp() == os.getpid():
+                os.killpg(0, signal.SIGKILL)  # with all that an attack may have started
             os._exit(0)  # also in the middle of an attack
 
     threading.Thread(target=receive, daemon=True).start()
     connection.send_bytes(b"ready")
+    known: OrderedDict[Architecture, _Model] = OrderedDict()
     while True:
-        connection.send_bytes(_encoded(attempts(*pickle.loads(inbox.get()))))
+        head, _, blob = inbox.get().partition(b"\0")
+        text = json.loads(head)
+        architecture = _architecture(text)
+        if "spec" not in text:
+            _keep(known, architecture, _Model(text, blob))
+            continue
+        _keep(known, architecture, known[architecture])
+        seen = _asked(text, blob, known[architecture].whole(text["device"]))
+        connection.send_bytes(_encoded(attempts(text["spec"], seen, text["seeds"])))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ The same chunks give the same rows in this process and on Dask.
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,13 +22,13 @@ from bench.cases.client import FedSGDClient
 from bench.cases.models import Network
 from bench.cases.scenario import Grid, Scenario, cells, trained_with
 from bench.errors import UserError
-from bench.isolation import attempts_here
+from bench.isolation import GIB, Architecture, Attempt, Limits, attempts_here
 from bench.report import record
 from bench.report import utility as costs
-from bench.report.record import Header, Record
+from bench.report.record import Header, Keys, Record
 from bench.report.utility import Utility
-from bench.threat import Facts
-from bench.work import Chunk, Context, Entrant, dataset_named, weights_sha256
+from bench.threat import Facts, Observation
+from bench.work import Chunk, Context, Entrant, Finished, dataset_named, weights_sha256
 
 STACK = {"head": 64, "all": 1}
 """Samples a chunk, by what its attacks read: heads are small and solved together."""
@@ -39,8 +41,13 @@ class Engine(Protocol):
         """Each network and its weights' hash, as they get ready."""
         ...
 
-    def rows(self, chunks: Sequence[Chunk], context: Context) -> Iterator[tuple[Chunk, list[Record]]]:
-        """The rows of each chunk, as they get ready."""
+    def finish(self, chunks: Iterator[Chunk], count: int, context: Context) -> Iterator[Finished]:
+        """The rows of so many chunks, as they get ready; the iterator isn't drawn faster than need be."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """How many processes work; 0: this one."""
         ...
 
     def utilities(self, asked: Sequence[utility.Asked], root: Path | None) -> Iterator[Utility]:
@@ -56,18 +63,28 @@ class InProcess:
         for network in networks:
             yield network, weights_sha256(network, root)
 
-    def rows(self, chunks: Sequence[Chunk], context: Context) -> Iterator[tuple[Chunk, list[Record]]]:
-        """One attack after the other, as long as each takes."""
+    workers = 0
+
+    def finish(self, chunks: Iterator[Chunk], count: int, context: Context) -> Iterator[Finished]:
+        """One chunk after the other, as long as each takes."""
         for chunk in chunks:
-            yield (
-                chunk,
-                work.rows(chunk, context, lambda *asked: attempts_here(*asked[:-1]), isolated=False),
-            )
+            yield work.finish([chunk], context, _attack_here, isolated=False)
+
+    def rows(self, chunks: Iterable[Chunk], context: Context) -> Iterator[tuple[Chunk, list[Record]]]:
+        """Each chunk with its rows."""
+        for chunk in chunks:
+            yield chunk, work.rows(chunk, context, _attack_here, isolated=False)
 
     def utilities(self, asked: Sequence[utility.Asked], root: Path | None) -> Iterator[Utility]:
         """One network after the other."""
         for one in asked:
             yield utility.utility(one, root)
+
+
+def _attack_here(
+    spec: str, seen: Sequence[Observation], seeds: Sequence[int], limits: Limits, architecture: Architecture
+) -> list[Attempt]:
+    return attempts_here(spec, seen, seeds)
 
 
 @dataclass(frozen=True)
@@ -108,26 +125,19 @@ class Plan:
             seed=self.context.grid_seed,
         )
 
-    def chunks(self, weights: dict[Network, str]) -> list[Chunk]:
+    def chunks(self, weights: dict[Network, str]) -> Iterator[Chunk]:
         """The whole grid in chunks: a pure function of it."""
         groups: dict[tuple[Scenario, str, int], list[Entrant]] = {}
         for cell, samples in self.cells.items():
             entrant = self.entrants[cell]
             groups.setdefault((cell[0], entrant.reads, samples), []).append(entrant)
-        return [
-            Chunk(
-                scenario,
-                self.networks[scenario],
-                weights[self.networks[scenario]],
-                registry.defenses.revision(scenario.defense),
-                reads,
-                start,
-                min(start + STACK[reads], samples),
-                tuple(entrants),
-            )
-            for (scenario, reads, samples), entrants in groups.items()
-            for start in range(0, samples, STACK[reads])
-        ]
+        for (scenario, reads, samples), entrants in groups.items():
+            network, revision = self.networks[scenario], registry.defenses.revision(scenario.defense)
+            for start in range(0, samples, STACK[reads]):
+                stop = min(start + STACK[reads], samples)
+                yield Chunk(
+                    scenario, network, weights[network], revision, reads, start, stop, tuple(entrants)
+                )
 
 
 def _json_axes(scenario: Scenario) -> dict[str, Any]:
@@ -154,7 +164,8 @@ def plan(full: Grid, wanted: Grid, data_root: Path | None, device: str) -> Plan:
         (scenario, attack): entrant(attack, scenario, _facts(scenario, networks[scenario], data_root))
         for scenario, attack in wanted_cells
     }
-    context = Context(full.name, full.hash, full.seed, full.time_limit, data_root, device, commit())
+    limits = Limits(full.time_limit, full.memory_limit * GIB)
+    context = Context(full.name, full.hash, full.seed, limits, data_root, device, commit())
     return Plan(wanted, context, wanted_cells, networks, entrants, _utilities(wanted, data_root))
 
 
@@ -200,7 +211,13 @@ def entrant(attack: str, scenario: Scenario, facts: Facts) -> Entrant:
     except Exception as error:
         raise UserError(f"{attack}: skip fails: {type(error).__name__}: {error}") from error
     return Entrant(
-        attack, registry.attacks.revision(attack), made.reads, frozenset(made.produces), granted, skip
+        attack,
+        registry.attacks.revision(attack),
+        made.reads,
+        frozenset(made.produces),
+        granted,
+        skip,
+        stacks=hasattr(made, "run_many"),
     )
 
 
@@ -250,8 +267,8 @@ class Progress(Protocol):
     def started(self, done: int, total: int) -> None:
         """All networks are ready; so many trials are there already."""
 
-    def advanced(self, chunk: Chunk, rows: list[Record]) -> None:
-        """These are on the disk."""
+    def advanced(self, part: Finished, workers: int) -> None:
+        """These are on the disk; so many workers are there."""
 
     def measured(self, cost: Utility) -> None:
         """What a defense costs is on the disk."""
@@ -264,7 +281,7 @@ def execute(planned: Plan, engine: Engine, folder: Path, progress: Progress) -> 
         UserError: the folder holds another grid.
     """
     with record.writing(folder) as writer:
-        done = _done(folder, planned)
+        _check_grid(folder, writer.last_header, planned)
         writer.header(planned.header())
         weights: dict[Network, str] = {}
         for network, sha256 in engine.weights(
@@ -278,42 +295,56 @@ def execute(planned: Plan, engine: Engine, folder: Path, progress: Progress) -> 
                 )
             weights[network] = sha256
             progress.trained(network)
-        pending = [_lacking(chunk, planned.context, done) for chunk in planned.chunks(weights)]
-        pending = [chunk for chunk in pending if chunk.entrants]
-        repeated = sum(len(chunk.entrants) * len(chunk.samples) for chunk in pending)
-        progress.started(planned.trials - repeated, planned.trials)
-        for chunk, rows in engine.rows(pending, planned.context):
-            writer.rows([row for row in rows if row.trial not in done])
-            progress.advanced(chunk, rows)
-        there = {row["key"] for row in costs.read(folder)}
+        counts = array("I")  # per chunk: what is lacking is found twice, which is cheaper than to keep it
+        trials = 0
+        for chunk in planned.chunks(weights):
+            lacking = _lacking(chunk, planned.context, writer.done)
+            counts.append(len(lacking))
+            trials += sum(part.trials for part in lacking)
+        progress.started(planned.trials - trials, planned.trials)
+        pending = (
+            part
+            for chunk, count in zip(planned.chunks(weights), counts, strict=True)
+            if count
+            for part in _lacking(chunk, planned.context, writer.done)
+        )
+        for part in engine.finish(pending, sum(counts), planned.context):
+            there = writer.done.having(part.trials)
+            writer.lines(line for line, old in zip(part.lines, there, strict=True) if not old)
+            progress.advanced(part, engine.workers)
+        measured = {row["key"] for row in costs.read(folder)}
         for cost in engine.utilities(
-            [one for one in planned.utilities if one.key not in there], planned.context.data_root
+            [one for one in planned.utilities if one.key not in measured], planned.context.data_root
         ):
             costs.append(folder, cost)
             progress.measured(cost)
 
 
-def _done(folder: Path, planned: Plan) -> frozenset[str]:
-    if not (folder / record.FILE).exists():
-        return frozenset()
-    run = record.read(folder)
-    last = run.headers[-1]
-    if last.grid_hash != planned.context.grid_hash:
+def _check_grid(folder: Path, last: Header | None, planned: Plan) -> None:
+    if last is not None and last.grid_hash != planned.context.grid_hash:
         raise UserError(
             f"{folder} holds another grid ({last.grid}, {last.grid_hash[:8]}); "
             f"choose another --out for {planned.grid.name} ({planned.context.grid_hash[:8]})"
         )
-    return run.keys
 
 
-def _lacking(chunk: Chunk, context: Context, done: frozenset[str]) -> Chunk:
-    """The chunk with the attacks of which any sample is missing: a stack is repeated whole."""
-    lacking = [
-        entrant
-        for entrant in chunk.entrants
-        if any(chunk.trial(context, entrant, sample) not in done for sample in chunk.samples)
-    ]
-    return replace(chunk, entrants=tuple(lacking))
+def _lacking(chunk: Chunk, context: Context, done: Keys) -> list[Chunk]:
+    """What the chunk lacks, in chunks. A stack of which a sample is missing is repeated whole."""
+    if not len(done):
+        return [chunk]
+    whole, parts = [], []
+    for entrant in chunk.entrants:
+        missing = [not there for there in done.having(chunk.keys(context, entrant))]
+        if all(missing) or (entrant.stacks and any(missing)):
+            whole.append(entrant)
+            continue
+        for is_missing, group in itertools.groupby(
+            zip(missing, chunk.attacked, strict=True), lambda pair: pair[0]
+        ):
+            if is_missing:
+                samples = [sample for _, sample in group]
+                parts.append(replace(chunk, entrants=(entrant,), only=(samples[0], samples[-1] + 1)))
+    return [*([replace(chunk, entrants=tuple(whole))] if whole else []), *parts]
 
 
 def rerun(folder: Path, trial: str, data_root: Path | None) -> tuple[dict[str, Any], Record]:
@@ -353,8 +384,9 @@ def rerun(folder: Path, trial: str, data_root: Path | None) -> tuple[dict[str, A
         start + row["stack"],
         (again_by,),
     )
+    unlimited = Limits(float("inf"))
     context = Context(
-        header.grid, header.grid_hash, header.seed, float("inf"), data_root, row["device"], commit()
+        header.grid, header.grid_hash, header.seed, unlimited, data_root, row["device"], commit()
     )
     ((_, rows),) = InProcess().rows([chunk], context)
     again = rows[row["sample"] - start]

@@ -6,7 +6,11 @@ what is to be known of one was looked up by the driver, so that no attack's code
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bench import registry
@@ -23,11 +28,11 @@ from bench.cases.models import Network
 from bench.cases.salt import salted
 from bench.cases.scenario import Scenario, digest, seed
 from bench.errors import UserError
-from bench.isolation import Attempt
-from bench.metrics import FAILED, score
+from bench.isolation import PARTS, Architecture, Attempt, Limits
+from bench.metrics import FAILED, stacks
 from bench.metrics.formats import label_format
 from bench.metrics.labels import lam_error
-from bench.report.record import Record
+from bench.report.record import SCENARIO, Record, line
 from bench.threat import Batch, Facts, Knowledge, Observation, Outcome, Reconstruction, Update, grant, mask
 
 PROTOCOL_VERSION = 1
@@ -48,7 +53,7 @@ class Context:
         grid: the grid's name.
         grid_hash: over all that the grid's file says.
         grid_seed: from which every batch's seed follows.
-        time_limit: seconds that a trial may take.
+        limits: what a trial may take.
         data_root: where data sets lie.
         device: where clients and attacks compute.
         commit: of the suite.
@@ -59,7 +64,7 @@ class Context:
     grid: str
     grid_hash: str
     grid_seed: int
-    time_limit: float
+    limits: Limits
     data_root: Path | None
     device: str
     commit: str
@@ -72,6 +77,7 @@ class Entrant:
     """What is to be known of an attack in a scenario, without its code: `spec` is canonical.
 
     `granted`: the names of Knowledge that the scenario grants and it uses; `skip`: why it doesn't apply;
+    `stacks`: whether it solves several observations together;
     `code`: the spec under which its process finds it, where that isn't `spec` itself.
     """
 
@@ -81,6 +87,7 @@ class Entrant:
     produces: frozenset[str]
     granted: frozenset[str]
     skip: str | None
+    stacks: bool
     code: str | None = None
 
     @property
@@ -91,7 +98,11 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A scenario, a range of samples, and the attacks on them: what is observed together."""
+    """A scenario, a range of samples, and the attacks on them: what is observed together.
+
+    `only`: of what is observed, the samples that are attacked (all by default); an attack that solves whole
+    stacks is never given less than all.
+    """
 
     scenario: Scenario
     network: Network
@@ -101,46 +112,76 @@ class Chunk:
     start: int
     stop: int
     entrants: tuple[Entrant, ...]
-
-    @functools.cached_property
-    def _key(self) -> str:
-        return digest(asdict(self.scenario), self.network.data_sha256, self.weights_sha256)
-
-    def _observation_key(self, sample: int) -> str:
-        return digest(self._key, sample)
+    only: tuple[int, int] | None = None
 
     @property
     def samples(self) -> range:
         """What it observes."""
         return range(self.start, self.stop)
 
-    def trial(self, context: Context, entrant: Entrant, sample: int) -> str:
-        """The key of one sample's trial."""
-        return digest(
-            context.grid_hash,
-            self._observation_key(sample),
-            PROTOCOL_VERSION,
-            self.defense_revision,
-            entrant.knowledge,
-            entrant.spec,
-            entrant.revision,
-        )
+    @property
+    def attacked(self) -> range:
+        """What it attacks."""
+        return range(*self.only) if self.only else self.samples
+
+    @property
+    def trials(self) -> int:
+        """How many rows it gives."""
+        return len(self.entrants) * len(self.attacked)
+
+    @functools.cached_property
+    def _observation_keys(self) -> list[str]:
+        """One for each attacked sample."""
+        scenario = digest(asdict(self.scenario), self.network.data_sha256, self.weights_sha256)
+        return [digest(scenario, sample) for sample in self.attacked]
+
+    def keys(self, context: Context, entrant: Entrant) -> list[str]:
+        """The keys of an attack's trials, one for each attacked sample."""
+        return [
+            digest(
+                context.grid_hash,
+                observation,
+                PROTOCOL_VERSION,
+                self.defense_revision,
+                entrant.knowledge,
+                entrant.spec,
+                entrant.revision,
+            )
+            for observation in self._observation_keys
+        ]
 
     def seeds(self, entrant: Entrant) -> list[int]:
-        """The seeds of an attack's own generators, one a sample."""
-        return [
-            seed(self._observation_key(sample), entrant.spec, entrant.revision) for sample in self.samples
-        ]
+        """The seeds of an attack's own generators, one for each attacked sample."""
+        return [seed(observation, entrant.spec, entrant.revision) for observation in self._observation_keys]
+
+    def halves(self) -> tuple[Chunk, ...]:
+        """Two chunks with the same trials, by attacks, else by attacked samples; itself where it is one."""
+        if len(self.entrants) > 1:
+            middle = len(self.entrants) // 2
+            return tuple(
+                replace(self, entrants=part) for part in (self.entrants[:middle], self.entrants[middle:])
+            )
+        return self.parted(max(1, len(self.attacked) // 2))
+
+    def parted(self, first: int) -> tuple[Chunk, ...]:
+        """The chunk with the first so many samples of its one attack, and with the others, if any."""
+        (entrant,) = self.entrants
+        start, stop = self.attacked.start, self.attacked.stop
+        if entrant.stacks or entrant.skip is not None or start + first >= stop:
+            return (self,)
+        return replace(self, only=(start, start + first)), replace(self, only=(start + first, stop))
 
 
 @dataclass(frozen=True, eq=False)
-class Truth:
+class Truth(stacks.Truth):
     """What only metrics meet, of one sample."""
 
-    private: Batch
-    released: Batch
-    features: Tensor  # (N, D)
     probabilities: Tensor  # (N, K)
+
+    @functools.cached_property
+    def formats(self) -> frozenset[str]:
+        """The formats of the released labels."""
+        return frozenset(map(label_format, self.released.soft_labels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,26 +190,124 @@ class Observed:
 
     observations: tuple[Observation, ...]
     truths: tuple[Truth, ...]
+    architecture: Architecture
 
 
-Attack = Callable[[str, Sequence[Observation], Sequence[int], float], list[Attempt]]
-"""Canonical spec, observations, seeds, time limit a trial -> an attempt a sample."""
+Attack = Callable[[str, Sequence[Observation], Sequence[int], Limits, Architecture], list[Attempt]]
+"""Canonical spec, observations, seeds, limits of a trial, their model -> an attempt a sample."""
 
 
 def rows(chunk: Chunk, context: Context, attack: Attack, isolated: bool) -> list[Record]:
-    """All rows of a chunk; an attack that doesn't apply is not run, nor is a client for nobody."""
-    applicable = any(entrant.skip is None for entrant in chunk.entrants)
-    observed = observe(chunk, context) if applicable else None
-    made = []
-    for entrant in chunk.entrants:
-        if entrant.skip is not None or observed is None:
-            skipped = Attempt(Reconstruction(Outcome.SKIPPED), entrant.skip or "")
-            made += judge(chunk, context, entrant, [skipped] * len(chunk.samples), None, isolated)
-            continue
-        views = [_for_attack(observation, entrant) for observation in observed.observations]
-        answers = attack(entrant.code or entrant.spec, views, chunk.seeds(entrant), context.time_limit)
-        made += judge(chunk, context, entrant, answers, observed, isolated)
-    return made
+    """All rows of a chunk."""
+    parts = [replace(chunk, entrants=(entrant,)) for entrant in chunk.entrants]
+    return [row for part in parts for row in rows_of_one(part, context, attack, isolated)]
+
+
+def rows_of_one(chunk: Chunk, context: Context, attack: Attack, isolated: bool) -> list[Record]:
+    """The rows of a chunk with one attack.
+
+    Where the attack doesn't apply it isn't run, nor is a client for nobody; what is observed is kept, so
+    that all attacks on it share one gradient.
+    """
+    (entrant,) = chunk.entrants
+    if entrant.skip is not None:
+        skipped = Attempt(Reconstruction(Outcome.SKIPPED), entrant.skip)
+        return judge(chunk, context, entrant, [skipped] * len(chunk.attacked), None, isolated)
+    observed = _observed(replace(chunk, entrants=(), only=None), context)
+    first = chunk.attacked.start - chunk.start
+    mine = slice(first, first + len(chunk.attacked))
+    views = [_for_attack(observation, entrant) for observation in observed.observations[mine]]
+    spec, seeds = entrant.code or entrant.spec, chunk.seeds(entrant)
+    answers = attack(spec, views, seeds, context.limits, observed.architecture)
+    return judge(chunk, context, entrant, answers, observed.truths[mine], isolated)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came of some chunks.
+
+    Attributes:
+        trials: the keys of its rows.
+        lines: the rows, as records hold them.
+        failures: how many of them crashed, ran out of time or of memory.
+        doing: what was attacked last, for people.
+        left: what it didn't come to.
+        seconds: how long it took.
+    """
+
+    trials: tuple[str, ...]
+    lines: tuple[str, ...]
+    failures: int
+    doing: str
+    left: tuple[Chunk, ...]
+    seconds: float
+
+
+FAILURES = frozenset({"crashed", "timeout", "out_of_memory"})
+"""Outcomes that somebody should look at."""
+
+CHEAP = 0.1
+"""What share of the time a second look at the same observation may cost."""
+
+
+def finish(
+    chunks: Sequence[Chunk], context: Context, attack: Attack, isolated: bool, seconds: float = math.inf
+) -> Finished:
+    """Works on chunks, one after the other, and hands back what is left after so many seconds.
+
+    At least one trial, or stack, is done. A chunk that was begun is handed back only where observing it
+    again costs next to nothing beside what its attacks take.
+    """
+    started = time.monotonic()
+    made: list[Record] = []
+    left, begun, observing = deque(chunks), False, 0.0
+    while left:
+        passed = time.monotonic() - started
+        if made and passed > seconds and (not begun or observing < CHEAP * passed):
+            break
+        chunk = left.popleft()
+        one, *others = (replace(chunk, entrants=(entrant,)) for entrant in chunk.entrants)
+        (entrant,) = one.entrants
+        one, *rest = one.parted(_affordable(entrant, seconds - passed, len(one.attacked)))
+        if entrant.skip is None:
+            observing = _seconds_of(lambda: _observed(replace(one, entrants=(), only=None), context))  # noqa: B023
+        attacking = _seconds_of(lambda: made.extend(rows_of_one(one, context, attack, isolated)))  # noqa: B023
+        _SECONDS[entrant.spec] = attacking / len(one.attacked)
+        remaining = [*rest, *others]
+        begun = bool(remaining)
+        left.extendleft(reversed(remaining))
+    return finished(made, tuple(left), time.monotonic() - started)
+
+
+_SECONDS: dict[str, float] = {}
+"""What a trial of each attack took in this process the last time."""
+
+
+def _affordable(entrant: Entrant, seconds: float, most: int) -> int:
+    """How many trials of an attack fit into so many seconds; one where nothing is known of it."""
+    if seconds == math.inf:
+        return most
+    each = _SECONDS.get(entrant.spec)
+    return 1 if each is None else max(1, int(seconds / max(each, 1e-9)))
+
+
+def _seconds_of(call: Callable[[], object]) -> float:
+    started = time.monotonic()
+    call()
+    return time.monotonic() - started
+
+
+def finished(rows: Sequence[Record], left: tuple[Chunk, ...], seconds: float) -> Finished:
+    """Rows as they are sent to whoever writes them."""
+    last = rows[-1]
+    return Finished(
+        tuple(row.trial for row in rows),
+        tuple(map(line, rows)),
+        sum(row.outcome in FAILURES for row in rows),
+        " | ".join(spec.partition("(")[0] for spec in (last.attack, last.model, last.defense)),
+        left,
+        seconds,
+    )
 
 
 # --- the client's side ------------------------------------------------------------------------------------
@@ -178,6 +317,26 @@ def rows(chunk: Chunk, context: Context, attack: Attack, isolated: bool) -> list
 def dataset_named(name: str, root: Path | None) -> data.Dataset:
     """The data set, loaded once a process."""
     return data.load(name, root)
+
+
+@functools.lru_cache(maxsize=1)
+def _observed(chunk: Chunk, context: Context) -> Observed:
+    """As `observe`; a client that fails is nobody's row.
+
+    Raises:
+        UserError: the client fails.
+    """
+    _observed.cache_clear()  # what was observed before makes room
+    try:
+        return observe(chunk, context)
+    except UserError:
+        raise
+    except Exception as error:
+        scenario = chunk.scenario
+        where = f"{scenario.dataset}, {scenario.model}, {scenario.protocol}, defense {scenario.defense}"
+        raise UserError(
+            f"the client of {where} fails: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -204,27 +363,34 @@ def observe(chunk: Chunk, context: Context) -> Observed:
     dataset = dataset_named(scenario.dataset, context.data_root)
     if context.salt:
         dataset = salted(dataset, context.salt)
-    model = model_of(chunk.network, context.data_root)
-    if models.sha256(model) != chunk.weights_sha256:
+    if _sha256(chunk.network, context.data_root) != chunk.weights_sha256:
         raise UserError(f"{scenario.model} has other weights on this machine; share one LEAKBENCH_CACHE")
-    client = FedSGDClient.with_batch_norm(model.to(context.device), scenario.batch_norm)
+    client = _client(chunk.network, context.data_root, context.device, scenario.batch_norm)
     defense = registry.defenses.make(scenario.defense)
     talk = protocol.make(scenario.protocol)
 
-    private, released, updates = [], [], []
+    drawn = [seed(context.grid_seed, *scenario.batch_axes, sample) for sample in chunk.samples]
+    changes = "change_batch" in defense.stages()
+    chosen, pools = zip(
+        *(
+            _batch_and_pool(dataset, scenario, talk, sample, batch_seed, changes)
+            for sample, batch_seed in zip(chunk.samples, drawn, strict=True)
+        ),
+        strict=True,
+    )
+    private = _split(dataset.batch(torch.cat(chosen), context.device), len(chosen))
+    released, updates = [], []
     stacked = (
         chunk.reads == "head"
         and scenario.protocol == protocol.FedSGD.name
         and not defense.stages() & {"gradient", "change_update"}
     )
-    for sample in chunk.samples:
-        batch_seed = seed(context.grid_seed, *scenario.batch_axes, sample)
+    for batch, pool, batch_seed in zip(private, pools, drawn, strict=True):
         rng = torch.Generator(device="cpu").manual_seed(seed(batch_seed, scenario.defense))
-        indices, pool = _batch_and_pool(dataset, scenario, talk, sample, batch_seed)
-        batches = [dataset.batch(part, context.device) for part in indices.chunk(talk.clients)]
-        others = dataset.batch(pool, context.device)
-        let_out = [defense.change_batch(batch, others, rng) for batch in batches]
-        private.append(_joined(batches))
+        let_out = _split(batch, talk.clients)
+        if changes:
+            others = dataset.batch(pool, context.device)
+            let_out = [defense.change_batch(one, others, rng) for one in let_out]
         released.append(_joined(let_out))
         if not stacked:
             updates.append(talk.updates(client, defense, let_out, rng))
@@ -235,7 +401,7 @@ def observe(chunk: Chunk, context: Context) -> Observed:
     if stacked:
         heads = client.head_updates(features, torch.stack([batch.soft_labels for batch in released]))
         updates = [({name: value[m] for name, value in heads.items()},) for m in range(len(released))]
-    facts = facts_of(scenario, dataset, client)
+    facts = _facts_of(scenario, dataset, client)
     auxiliary = _auxiliary(dataset, scenario, context.device)
     observations = [
         Observation(
@@ -243,20 +409,58 @@ def observe(chunk: Chunk, context: Context) -> Observed:
         )
         for sent, batch in zip(updates, released, strict=True)
     ]
-    return Observed(tuple(observations), tuple(map(Truth, private, released, features, probabilities)))
+    architecture = Architecture(
+        scenario.model,
+        facts.image_shape,
+        facts.num_classes,
+        chunk.network.defense,
+        scenario.batch_norm,
+        chunk.weights_sha256,
+    )
+    truths = tuple(map(Truth, released, private, features, probabilities))
+    return Observed(tuple(observations), truths, architecture)
+
+
+@functools.lru_cache(maxsize=4)
+def _sha256(network: Network, root: Path | None) -> str:
+    return models.sha256(model_of(network, root))
+
+
+@functools.lru_cache(maxsize=4)
+def _client(network: Network, root: Path | None, device: str, batch_norm: str) -> FedSGDClient:
+    return FedSGDClient.with_batch_norm(copy.deepcopy(model_of(network, root)).to(device), batch_norm)
+
+
+def _split(batch: Batch, count: int) -> list[Batch]:
+    """So many batches of the same size."""
+    images, soft_labels = batch.images.chunk(count), batch.soft_labels.chunk(count)
+    return [Batch(*parts) for parts in zip(images, soft_labels, strict=True)]
 
 
 def _batch_and_pool(
-    dataset: data.Dataset, scenario: Scenario, talk: protocol.Protocol, sample: int, batch_seed: int
+    dataset: data.Dataset,
+    scenario: Scenario,
+    talk: protocol.Protocol,
+    sample: int,
+    batch_seed: int,
+    needs_pool: bool,
 ) -> tuple[Tensor, Tensor]:
     """The indices of a sample's examples, of all its clients, and of what else the clients hold."""
     members, draw = scenario.members == "training", np.random.default_rng(batch_seed)
     size = scenario.batch_size * talk.clients
     chosen = data.attacked_batch(dataset, members, scenario.classes, sample, size, draw)
-    own = (dataset.training if members else dataset.held_out).numpy()
-    others = np.setdiff1d(own, chosen.numpy())
+    if not needs_pool:
+        return chosen, chosen[:0]
+    own = _own(dataset, members)
+    others = np.delete(own, np.searchsorted(own, chosen.numpy()))
     pool = draw.choice(others, size=min(POOL, len(others)), replace=False)
     return chosen, torch.as_tensor(pool, device="cpu")
+
+
+@functools.lru_cache(maxsize=4)
+def _own(dataset: data.Dataset, members: bool) -> NDArray[np.int64]:
+    """All that the clients hold, sorted."""
+    return np.unique((dataset.training if members else dataset.held_out).numpy())
 
 
 def check_data(scenario: Scenario, samples: int, root: Path | None) -> None:
@@ -272,6 +476,11 @@ def check_data(scenario: Scenario, samples: int, root: Path | None) -> None:
 def _joined(batches: Sequence[Batch]) -> Batch:
     images = torch.cat([batch.images for batch in batches])
     return Batch(images, torch.cat([batch.soft_labels for batch in batches]))
+
+
+@functools.lru_cache(maxsize=4)
+def _facts_of(scenario: Scenario, dataset: data.Dataset, client: FedSGDClient) -> Facts:
+    return facts_of(scenario, dataset, client)
 
 
 def facts_of(scenario: Scenario, dataset: data.Dataset, client: FedSGDClient) -> Facts:
@@ -303,17 +512,18 @@ def _granted(
     scenario: Scenario, talk: protocol.Protocol, released: Batch, auxiliary: Batch | None
 ) -> Knowledge:
     """All that the grid grants; an attack gets what it uses of it."""
-    formats = sorted({label_format(soft_label) for soft_label in released.soft_labels})
+    granted = frozenset(scenario.knowledge)
+    formats = set(map(label_format, released.soft_labels)) if "label_format" in granted else set()
     local = talk if isinstance(talk, protocol.FedAvg) else None
     everything = Knowledge(
-        label_format=formats[0] if len(formats) == 1 else None,
+        label_format=formats.pop() if len(formats) == 1 else None,
         soft_labels=released.soft_labels,
         local_steps=None if local is None else local.steps,
         local_lr=None if local is None else local.lr,
         auxiliary=auxiliary,
         defense=scenario.defense,
     )
-    return grant(everything, frozenset(scenario.knowledge))
+    return grant(everything, granted)
 
 
 def _for_attack(observation: Observation, entrant: Entrant) -> Observation:
@@ -339,72 +549,69 @@ def judge(
     context: Context,
     entrant: Entrant,
     attempts: Sequence[Attempt],
-    observed: Observed | None,
+    truths: Sequence[Truth] | None,
     isolated: bool,
 ) -> list[Record]:
-    """The rows of one attack on a chunk; without `observed` nothing was returned that could be scored."""
+    """The rows of one attack on a chunk; without `truths` nothing was returned that could be scored."""
     scenario = chunk.scenario
-    truths = [None] * len(attempts) if observed is None else observed.truths
-    made = []
-    for sample, one, truth in zip(chunk.samples, attempts, truths, strict=True):
-        made.append(
-            Record(
-                trial=chunk.trial(context, entrant, sample),
-                grid=context.grid,
-                scenario=scenario.key,
-                dataset=scenario.dataset,
-                model=scenario.model,
-                weights=scenario.weights,
-                weight_seed=scenario.weight_seed,
-                batch_norm=scenario.batch_norm,
-                members=scenario.members,
-                batch_size=scenario.batch_size,
-                classes=scenario.classes,
-                protocol=scenario.protocol,
-                knowledge=entrant.knowledge,
-                defense=scenario.defense,
-                defense_revision=chunk.defense_revision,
-                attack=entrant.spec,
-                attack_revision=entrant.revision,
-                sample=sample,
-                outcome=one.reconstruction.outcome.name.lower(),
-                reason=one.reason,
-                **_metrics(one.reconstruction, entrant, truth),
-                seconds=one.seconds,
-                stack=len(attempts),
-                peak_bytes=one.peak_bytes,
-                isolated=isolated,
-                protocol_version=PROTOCOL_VERSION,
-                commit=context.commit,
-                torch=torch.__version__,
-                device=context.device,
-                data_sha256=chunk.network.data_sha256,
-                weights_sha256=chunk.weights_sha256,
-            )
+    common: dict[str, Any] = {
+        "grid": context.grid,
+        "scenario": scenario.key,
+        **{axis: getattr(scenario, axis) for axis in SCENARIO},
+        "knowledge": entrant.knowledge,
+        "defense_revision": chunk.defense_revision,
+        "attack": entrant.spec,
+        "attack_revision": entrant.revision,
+        "stack": len(chunk.samples),
+        "isolated": isolated,
+        "protocol_version": PROTOCOL_VERSION,
+        "commit": context.commit,
+        "torch": torch.__version__,
+        "device": context.device,
+        "data_sha256": chunk.network.data_sha256,
+        "weights_sha256": chunk.weights_sha256,
+    }
+    keys, metrics = chunk.keys(context, entrant), _metrics(attempts, entrant, truths)
+    return [
+        Record(
+            trial=trial,
+            sample=sample,
+            outcome=one.reconstruction.outcome.name.lower(),
+            reason=one.reason,
+            seconds=one.seconds,
+            peak_bytes=one.peak_bytes,
+            **common,
+            **found,
         )
-    return made
+        for trial, sample, one, found in zip(keys, chunk.attacked, attempts, metrics, strict=True)
+    ]
 
 
-def _metrics(answer: Reconstruction, entrant: Entrant, truth: Truth | None) -> dict[str, Any]:
-    if answer.outcome is Outcome.SKIPPED:
-        return {}
-    if truth is None:
-        return {metric: value for part in entrant.produces for metric, value in FAILED[part].items()}
-    scored = score(
-        _beside(answer.soft_labels, truth),
-        _beside(answer.features, truth),
-        _beside(answer.images, truth),
-        released=truth.released,
-        private=truth.private,
-        true_features=truth.features,
-        produces=entrant.produces,
-    )
-    return scored | _about_labels(answer, truth)
+def _metrics(
+    attempts: Sequence[Attempt], entrant: Entrant, truths: Sequence[Truth] | None
+) -> list[dict[str, Any]]:
+    if entrant.skip is not None:
+        return [{} for _ in attempts]
+    if truths is None:
+        failed = {metric: value for part in entrant.produces for metric, value in FAILED[part].items()}
+        return [failed for _ in attempts]
+    answers = [_beside(one.reconstruction, truth) for one, truth in zip(attempts, truths, strict=True)]
+    scored = stacks.scores(answers, truths, entrant.produces)
+    return [
+        columns | _about_labels(answer, truth)
+        for columns, answer, truth in zip(scored, answers, truths, strict=True)
+    ]
 
 
-def _beside(part: Tensor | None, truth: Truth) -> Tensor | None:
+def _beside(answer: Reconstruction, truth: Truth) -> Reconstruction:
     """On the truth's device: what an attack's process sends comes on the CPU."""
-    return None if part is None else part.to(truth.released.images.device)
+    device = truth.released.images.device
+    moved = {
+        part: value.to(device)
+        for part in PARTS
+        if (value := getattr(answer, part)) is not None and value.device != device
+    }
+    return replace(answer, **moved) if moved else answer
 
 
 def _about_labels(answer: Reconstruction, truth: Truth) -> dict[str, Any]:
@@ -413,10 +620,9 @@ def _about_labels(answer: Reconstruction, truth: Truth) -> dict[str, Any]:
     lam, row = answer.notes.get("lam"), answer.notes.get("row")
     classes = range(truth.probabilities.shape[1])
     if len(truth.released) == 1 and isinstance(lam, float) and isinstance(row, int) and row in classes:
-        u = truth.probabilities[0, row].double() - truth.released.soft_labels[0, row].double()
-        error = lam_error(lam, float(1 / u))
-        found["lam_error"] = error if np.isfinite(error) else None
+        u = float(truth.probabilities[0, row]) - float(truth.released.soft_labels[0, row])
+        error = lam_error(lam, 1 / u if u else math.inf)
+        found["lam_error"] = error if math.isfinite(error) else None
     if answer.notes.get("label_format"):
-        actual = {label_format(soft_label) for soft_label in truth.released.soft_labels}
-        found["format_found"] = actual == {answer.notes["label_format"]}
+        found["format_found"] = truth.formats == {answer.notes["label_format"]}
     return found

@@ -37,7 +37,12 @@ MAY_IMPORT = {
     "bench.report.statistics": ("bench.report.record",),
     "bench.report.utility": ("bench.errors",),
     "bench.report": ("bench.report", "bench.errors", "bench.registry", "bench.threat"),
-    "bench.isolation": ("bench.registry", "bench.threat"),
+    "bench.isolation": (
+        "bench.cases.client",
+        "bench.cases.models",
+        "bench.registry",
+        "bench.threat",
+    ),
     "bench.work": (
         "bench.cases",
         "bench.errors",

@@ -13,6 +13,7 @@ A relative PATH is looked up as it stands, then under the data folder. K is the 
 class names or `?classes=K` say more: say it where the last classes have no image in the file.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -110,6 +111,7 @@ class Dataset:
         return self.training
 
 
+@functools.lru_cache(maxsize=4)
 def attacked_order(dataset: Dataset, members: bool) -> Tensor:
     """The order in which examples are attacked, (V,): the first N of a larger run are the same.
 

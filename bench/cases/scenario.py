@@ -110,6 +110,8 @@ class Grid(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     time_limit: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds that a trial may take."""
+    memory_limit: Annotated[float, Field(gt=0)] = 8.0
+    """GiB that an attack's process may hold; on a GPU it is the host's memory that counts."""
     weights_sha256: dict[str, str] = {}
     """Of a frozen grid's trained networks, by their keys: with other weights it isn't the same grid."""
 

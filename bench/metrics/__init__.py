@@ -85,7 +85,7 @@ def score(
 
     values: dict[str, Tensor] = {}
     if labels is not None:
-        values |= _label_columns(_ordered(labels, order), released.soft_labels)
+        values |= label_columns(_ordered(labels, order), released.soft_labels)
     if codes is not None and true_features is not None:
         ordered = _ordered(codes, order)
         values["feature_error"] = feature_error(ordered, true_features)
@@ -145,7 +145,8 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first is second or (first.shape == second.shape and torch.equal(first, second))
 
 
-def _label_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
+def label_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
+    """What is measured of labels in the truth's order, (N, K), (N, K) -> a scalar each."""
     metrics = (success, label_error, label_l1, top1, class_existence, class_counts, class_counts_exact)
     return {metric.__name__: metric(predicted, true) for metric in metrics}
 

@@ -91,7 +91,7 @@ def _image(chunk: Chunk, context: work.Context, part: str) -> Tensor:
     (entrant,) = [one for one in chunk.entrants if part in one.spec]
     found: list[Tensor] = []
 
-    def attack(spec: str, seen: Sequence[Observation], seeds: Sequence[int], _: float) -> list[Attempt]:
+    def attack(spec: str, seen: Sequence[Observation], seeds: Sequence[int], *_: object) -> list[Attempt]:
         answers = attempts_here(spec, seen, seeds)
         found.extend(one.reconstruction.images[0] for one in answers if one.reconstruction.images is not None)
         return answers

@@ -12,10 +12,12 @@ import torch
 from bench import isolation
 from bench.cases import models
 from bench.cases.client import FedSGDClient
-from bench.isolation import AttackProcess, Attempt
+from bench.isolation import Architecture, AttackProcess, Attempt, Limits
 from bench.threat import Batch, Facts, Knowledge, Observation, Outcome, Reconstruction
 
 FACTS = Facts(1, 4, (1, 6, 6), 8, head_bias=True, nonnegative_features=True)
+NET = Architecture("fcn(depth=2, width=8)", (1, 6, 6), 4, "none", "eval", "seed 1")
+AMPLE = Limits(60.0)
 
 ATTACKS = '''
 import os, time
@@ -92,7 +94,7 @@ def observations(count: int) -> list[Observation]:
 
 def test_gives_what_the_attack_gives_here(process):
     seen = observations(3)
-    away = process.attempts("lambda_recovery", seen, [1, 2, 3], 60.0)
+    away = process.attempts("lambda_recovery", seen, [1, 2, 3], AMPLE, NET)
     here = isolation.attempts_here("lambda_recovery", seen, [1, 2, 3])
     for one, other in zip(away, here, strict=True):
         assert one.reconstruction.outcome is other.reconstruction.outcome is Outcome.OK
@@ -102,7 +104,7 @@ def test_gives_what_the_attack_gives_here(process):
 
 
 def test_a_trial_past_its_time_is_stopped_and_the_others_go_on(process, attacks):
-    first, second, third = process.attempts(f"{attacks}:Hangs", observations(3), [1, 2, 3], 5.0)
+    first, second, third = process.attempts(f"{attacks}:Hangs", observations(3), [1, 2, 3], Limits(5.0), NET)
     assert first.reconstruction.outcome is third.reconstruction.outcome is Outcome.OK
     assert second.reconstruction.outcome is Outcome.TIMEOUT
     assert second.reason == "stopped after 5 s"
@@ -110,14 +112,14 @@ def test_a_trial_past_its_time_is_stopped_and_the_others_go_on(process, attacks)
 
 def test_what_an_attack_prints_harms_nothing_and_its_process_is_kept(process, attacks):
     notes = [
-        process.attempts(f"{attacks}:Prints", observations(1), [1], 60.0)[0].reconstruction.notes
+        process.attempts(f"{attacks}:Prints", observations(1), [1], AMPLE, NET)[0].reconstruction.notes
         for _ in range(2)
     ]
     assert notes[0] == notes[1] != {}
 
 
 def test_an_attack_can_not_say_that_it_was_skipped(process, attacks):
-    (answer,) = process.attempts(f"{attacks}:SaysSkipped", observations(1), [1], 60.0)
+    (answer,) = process.attempts(f"{attacks}:SaysSkipped", observations(1), [1], AMPLE, NET)
     assert answer.reconstruction.outcome is Outcome.CRASHED
 
 
@@ -143,7 +145,8 @@ def _runs(pid: int) -> bool:
 
 
 def answer(outcome="OK", reason="", seconds=0.1, peak=1, notes=None, **tensors) -> bytes:
-    text = json.dumps([[outcome, reason, seconds, peak, notes or {}]])
+    there = [part in tensors for part in isolation.PARTS]
+    text = json.dumps([[outcome, reason, seconds, peak, notes or {}, there]])
     return text.encode() + b"\0" + safetensors.torch.save(tensors)
 
 
@@ -159,8 +162,10 @@ def answer(outcome="OK", reason="", seconds=0.1, peak=1, notes=None, **tensors) 
         answer(outcome="WON"),
         answer(seconds="fast"),
         answer(notes=5),
-        answer(**{"0 soft_labels": torch.ones(7)}),
-        answer(**{"0 images": torch.ones(1, 3, 6, 6)}),
+        answer(soft_labels=torch.ones(1, 7)),
+        answer(images=torch.ones(1, 1, 3, 6, 6)),
+        answer(soft_labels=torch.ones(0, 1, 4)),
+        answer().replace(b"false", b" true"),
         answer()[:-3],
     ],
 )
@@ -170,7 +175,7 @@ def test_a_forged_answer_is_refused(forged):
 
 
 def test_a_forged_number_that_is_not_finite_has_diverged():
-    (found,) = isolation._decoded(answer(**{"0 soft_labels": torch.full((1, 4), float("nan"))}), [FACTS])
+    (found,) = isolation._decoded(answer(soft_labels=torch.full((1, 1, 4), float("nan"))), [FACTS])
     assert found.reconstruction.outcome is Outcome.DIVERGED
 
 
