@@ -161,7 +161,7 @@ def plan(full: Grid, wanted: Grid, data_root: Path | None, device: str) -> Plan:
     for (scenario, _), samples in wanted_cells.items():
         work.check_data(scenario, samples, data_root)
     entrants = {
-        (scenario, attack): entrant(attack, scenario, _facts(scenario, networks[scenario], data_root))
+        (scenario, attack): entrant(attack, scenario, public_facts(scenario, networks[scenario], data_root))
         for scenario, attack in wanted_cells
     }
     limits = Limits(full.time_limit, full.memory_limit * GIB)
@@ -188,7 +188,7 @@ def _utilities(wanted: Grid, data_root: Path | None) -> tuple[utility.Asked, ...
 
 
 @functools.lru_cache(maxsize=1024)
-def _facts(scenario: Scenario, network: Network, data_root: Path | None) -> Facts:
+def public_facts(scenario: Scenario, network: Network, data_root: Path | None) -> Facts:
     """The public facts of a scenario, from the architecture alone."""
     untrained = replace(network, weights="untrained")
     return work.facts_of(
@@ -372,7 +372,7 @@ def rerun(folder: Path, trial: str, data_root: Path | None) -> tuple[dict[str, A
         if row[what] != now:
             kind = what.removesuffix("_sha256")
             raise UserError(f"trial {row['trial']}: the {kind} here are not the record's ({what} differs)")
-    again_by = entrant(row["attack"], scenario, _facts(scenario, network, data_root))
+    again_by = entrant(row["attack"], scenario, public_facts(scenario, network, data_root))
     start = row["sample"] // STACK[again_by.reads] * STACK[again_by.reads]
     chunk = Chunk(
         scenario,
