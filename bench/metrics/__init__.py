@@ -24,7 +24,7 @@ from bench.threat import Batch
 COLUMNS = (
     *("success", "label_error", "label_l1", "top1", "class_existence", "class_counts", "class_counts_exact"),
     *("feature_error", "feature_cosine", "mse", "psnr", "ssim", "lpips"),
-    *("private_top1", "private_mse", "private_lpips"),
+    *("private_top1", "private_mse", "private_ssim", "private_lpips"),
 )
 """What `score` fills; `lam_error` and `format_found` need an attack's notes and are the runner's."""
 FAILED: Mapping[str, Mapping[str, float | bool]] = {
@@ -96,7 +96,7 @@ def score(
         if labels is not None:
             values["private_top1"] = top1(_ordered(labels, private_order), private.soft_labels)
         if pictures is not None and _same(private.images, released.images):
-            values |= {f"private_{name}": values[name] for name in ("mse", "lpips") if name in values}
+            values |= {f"private_{name}": values[name] for name in ("mse", "ssim", "lpips") if name in values}
         elif pictures is not None:
             values |= _private_image_columns(_ordered(pictures, private_order), private.images)
     columns |= _recorded(values)
@@ -161,7 +161,7 @@ def _image_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
 def _private_image_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
     if predicted.shape != true.shape:
         return {}
-    columns = {"private_mse": mse(predicted, true).mean()}
+    columns = {"private_mse": mse(predicted, true).mean(), "private_ssim": ssim(predicted, true).mean()}
     if lpips_available():
         columns["private_lpips"] = lpips_distance(predicted, true).mean()
     return columns

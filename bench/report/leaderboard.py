@@ -41,6 +41,7 @@ WORST = {
     "lpips": 1.0,
     "private_top1": 0.0,
     "private_mse": 1.0,
+    "private_ssim": 0.0,
     "private_lpips": 1.0,
 }
 """What a trial without an answer scores; λ's error isn't here: it is the mean over those who gave a λ."""
@@ -85,8 +86,8 @@ _TRACKS = {
     ),
     "image": Track(
         "image", "images", "psnr", "mse",
-        ("mse", "psnr", "ssim", "lpips", "private_mse", "private_lpips"),
-        ("lpips", "private_mse", "private_lpips"),
+        ("mse", "psnr", "ssim", "lpips", "private_mse", "private_ssim", "private_lpips"),
+        ("lpips", "private_mse", "private_ssim", "private_lpips"),
         f"how near the images are, with 95 % intervals; an exact image counts as {EXACT_PSNR:.0f} dB",
     ),
     "feature": Track(

@@ -74,6 +74,7 @@ class Record:
     lpips: float | None = None
     private_top1: float | None = None
     private_mse: float | None = None
+    private_ssim: float | None = None
     private_lpips: float | None = None
     seconds: float | None = None
     stack: int = 1
@@ -94,7 +95,7 @@ COLUMNS = tuple(column.name for column in dataclasses.fields(Record))
 METRICS = (
     "success", "label_error", "label_l1", "top1", "class_existence", "class_counts", "class_counts_exact",
     "lam_error", "format_found", "feature_error", "feature_cosine", "mse", "psnr", "ssim", "lpips",
-    "private_top1", "private_mse", "private_lpips",
+    "private_top1", "private_mse", "private_ssim", "private_lpips",
 )  # fmt: skip
 """The columns that say how well a trial did: what `rerun` compares."""
 
