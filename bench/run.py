@@ -347,22 +347,12 @@ def _lacking(chunk: Chunk, context: Context, done: Keys) -> list[Chunk]:
     return [*([replace(chunk, entrants=tuple(whole))] if whole else []), *parts]
 
 
-def rerun(folder: Path, trial: str, data_root: Path | None) -> tuple[dict[str, Any], Record]:
-    """A recorded trial's row, and the row that the same stack gives now, in this process.
-
-    `trial` may be the beginning of a key, where it is the only one.
+def recorded_chunk(row: dict[str, Any], header: Header, data_root: Path | None) -> tuple[Chunk, Context]:
+    """The stack that a recorded trial was part of, with its attack alone; no limits.
 
     Raises:
-        UserError: no such trial, or data, weights or revisions are no longer those of the record.
+        UserError: data or weights are no longer those of the record.
     """
-    recorded = record.read(folder)
-    matching = [row for row in recorded.rows if row["trial"].startswith(trial)]
-    if len(matching) != 1:
-        raise UserError(
-            f"{folder} has {len(matching)} trials whose key begins with {trial!r}; "
-            "a row's `trial` in records.jsonl is its key"
-        )
-    row, header = matching[0], recorded.headers[-1]
     axes = header.scenarios[row["scenario"]]
     scenario = Scenario(**{**axes, "knowledge": tuple(axes["knowledge"])})
     check_device(row["device"])
@@ -388,8 +378,28 @@ def rerun(folder: Path, trial: str, data_root: Path | None) -> tuple[dict[str, A
     context = Context(
         header.grid, header.grid_hash, header.seed, unlimited, data_root, row["device"], commit()
     )
+    return chunk, context
+
+
+def rerun(folder: Path, trial: str, data_root: Path | None) -> tuple[dict[str, Any], Record]:
+    """A recorded trial's row, and the row that the same stack gives now, in this process.
+
+    `trial` may be the beginning of a key, where it is the only one.
+
+    Raises:
+        UserError: no such trial, or data, weights or revisions are no longer those of the record.
+    """
+    recorded = record.read(folder)
+    matching = [row for row in recorded.rows if row["trial"].startswith(trial)]
+    if len(matching) != 1:
+        raise UserError(
+            f"{folder} has {len(matching)} trials whose key begins with {trial!r}; "
+            "a row's `trial` in records.jsonl is its key"
+        )
+    row = matching[0]
+    chunk, context = recorded_chunk(row, recorded.headers[-1], data_root)
     ((_, rows),) = InProcess().rows([chunk], context)
-    again = rows[row["sample"] - start]
+    again = rows[row["sample"] - chunk.start]
     if again.trial != row["trial"]:
         revisions = ("attack_revision", "defense_revision", "protocol_version")
         before, after = ([one[name] for name in revisions] for one in (row, asdict(again)))
