@@ -9,8 +9,8 @@ from torch import Tensor
 from bench import registry
 from bench.threat import Batch, Client, Defense, Update
 
-DIRECTIONS = 32
-"""How many features are differentiated by the image at a time."""
+AT_ONCE = 64
+"""How many images' derivatives, of one feature each, are taken at a time: more of them leave the cache."""
 
 
 @registry.defenses.register
@@ -65,7 +65,7 @@ def _ratio(client: Client, images: Tensor) -> Tensor:
         width, n, width
     )
     norms = []
-    for some in directions.split(DIRECTIONS):
+    for some in directions.split(max(1, AT_ONCE // n)):
         (moved,) = torch.autograd.grad(
             features, images, some, retain_graph=True, is_grads_batched=True, materialize_grads=True
         )  # one of all zeros where nothing leads back to the image

@@ -95,7 +95,7 @@ def test_the_label_is_as_readable_as_before(client, seeded):
 def test_a_chunk_of_features_is_no_different_from_all(client, seeded, monkeypatch):
     given = batch(2, seeded())
     whole = Soteria(0.3).gradient(client, given, seeded())
-    monkeypatch.setattr("defenses.soteria.DIRECTIONS", 7)
+    monkeypatch.setattr("defenses.soteria.AT_ONCE", 7)
     assert masked(Soteria(0.3).gradient(client, given, seeded())) == masked(whole)
 
 
