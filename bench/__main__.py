@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,15 +66,8 @@ def run(
     count = _default_workers(planned.context.device) if workers is None else workers
     watcher = Watcher(folder, quiet)
     watcher.cost(planned, count, scheduler)
-    try:
-        with stoppable(), watcher, _engine(count, scheduler) as engine:
-            runner.execute(planned, engine, folder, watcher)
-    except KeyboardInterrupt:
-        print(
-            f"\nStopped. The same command goes on; `leakbench status {folder}` says how far it got.",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
+    with _stopped_by_hand(folder), stoppable(), watcher, _engine(count, scheduler) as engine:
+        runner.execute(planned, engine, folder, watcher)
     from bench.report import leaderboard as boards
 
     recorded = _read([folder])[0]
@@ -81,15 +75,7 @@ def run(
     _show([recorded], [name for name in ("label", "image") if name in made] or made, "table")
     print(f"\nRecords: {folder / 'records.jsonl'} ({len(recorded.rows)} trials). Any of them again: ", end="")
     print(f"leakbench rerun {folder} TRIAL")
-    failed = [row for row in recorded.rows if row["outcome"] in UNFINISHED]
-    if failed:
-        reason = failed[0]["reason"] or failed[0]["outcome"]
-        print(
-            f"leakbench: {len(failed)} trials crashed, ran out of time or memory; "
-            f"the first: {failed[0]['attack']}, trial {failed[0]['trial']}: {reason}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(3)
+    _exit_if_unfinished(recorded.rows)
 
 
 @app.command()
@@ -179,6 +165,80 @@ def rerun(
     if differing:
         raise UserError(f"{', '.join(differing)} differ from the record; it was made by {_provenance(row)}")
     print("The same, digit by digit.")
+
+
+@app.command()
+def submit(
+    attack: Annotated[str, typer.Argument(help="FILE.py:CLASS, with parameters if you like.")],
+    grid: Annotated[
+        str | None, typer.Option(help="A grid's name or file [that of the attack's track].")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="At most so many samples a cell: a submission in part.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where records go.")] = Path("results/records"),
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, … [a GPU where there is one].")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes [one a core].")] = None,
+    data: DataOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No cost, no progress.")] = False,
+) -> None:
+    """Run one attack from a file on a whole grid, isolated, and write what a pull request needs."""
+    from bench import run as runner
+    from bench import submission
+    from bench.report import leaderboard as boards
+    from bench.report import record
+    from bench.watcher import Watcher, stoppable
+
+    path, spec = submission.parsed(attack)
+    with submission.alone(path, path.name) as copy:
+        wanted = grid or submission.ask(copy, spec, str(path), [])[0].grid
+        full, grid_file = submission.grid_of(wanted)
+        mine, planned = submission.plan(
+            copy, spec, str(path), full, samples, data, device or _default_device()
+        )
+        folder = Path("runs") / "submissions" / f"{full.name}-{mine.label}-{mine.sha256[:12]}"
+        watcher = Watcher(folder, quiet)
+        count = workers or _default_workers(planned.context.device)
+        watcher.cost(planned, count, None)
+        engine = submission.engine(count, planned.context)
+        with _stopped_by_hand(folder), stoppable(), watcher, engine:
+            runner.execute(planned, engine, folder, watcher)
+    ran = submission.first_samples(record.read(folder), samples)
+    written = submission.publish(mine, full, grid_file, samples, planned, ran, out)
+    beside = submission.references(full, out, written, samples)
+    tracks = [name for name in boards.tracks([ran]) if boards.track_named(name).produces in mine.produces]
+    _show([ran, *beside], tracks, "table")
+    track = "images" if "images" in mine.produces else "labels"
+    print(f"\nRecords: {written}; how they were made: {written.with_suffix('.json').name}")
+    print(f"Check them: leakbench verify {written}")
+    print(f"A pull request holds both, {path.name} as attacks/{track}/{mine.name}.py, and its test.")
+    if samples is not None:
+        print(f"This is a part, of at most {samples} samples a cell: ranking needs all of them.")
+    _exit_if_unfinished([row for row in ran.rows if row["attack"] == mine.spec])
+
+
+@app.command()
+def verify(
+    records: Annotated[Path, typer.Argument(help="The rN.jsonl that `leakbench submit` wrote.")],
+    salt: Annotated[
+        str, typer.Option(envvar="LEAKBENCH_SALT", help="A secret: compare on fresh, changed examples too.")
+    ] = "",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes [one a core].")] = None,
+    data: DataOption = None,
+) -> None:
+    """Check a submission: run its trials again and compare. 0: it agrees; 1: it is refused, and why."""
+    from bench import sandbox, verification
+
+    os.environ.pop("LEAKBENCH_SALT", None)
+    if salt and not sandbox.is_tight():
+        print(
+            "leakbench: no namespaces on this machine: Python alone keeps data and network away",
+            file=sys.stderr,
+        )
+    for line in verification.verify(records, salt, data, workers or len(os.sched_getaffinity(0))):
+        print(line)
 
 
 @app.command()
@@ -310,8 +370,6 @@ def _default_workers(device: str) -> int:
 
 
 def _engine(workers: int, scheduler: str | None) -> Any:
-    import contextlib
-
     if workers == 0:
         from bench.run import InProcess
 
@@ -320,6 +378,32 @@ def _engine(workers: int, scheduler: str | None) -> Any:
     from bench.cluster import DaskEngine
 
     return DaskEngine(workers, scheduler)
+
+
+@contextlib.contextmanager
+def _stopped_by_hand(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(
+            f"\nStopped. The same command goes on; `leakbench status {folder}` says how far it got.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+
+
+def _exit_if_unfinished(rows: Iterable[dict[str, Any]]) -> None:
+    """Ends with 3 where trials crashed or ran out of time or memory."""
+    failed = [row for row in rows if row["outcome"] in UNFINISHED]
+    if not failed:
+        return
+    reason = failed[0]["reason"] or failed[0]["outcome"]
+    print(
+        f"leakbench: {len(failed)} trials crashed, ran out of time or memory; "
+        f"the first: {failed[0]['attack']}, trial {failed[0]['trial']}: {reason}",
+        file=sys.stderr,
+    )
+    raise typer.Exit(3)
 
 
 def _read(folders: Sequence[Path]) -> list[Run]:
