@@ -26,7 +26,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -44,6 +44,8 @@ from bench.threat import Attack, Batch, Facts, Knowledge, Observation, Outcome, 
 PARTS = ("soft_labels", "features", "images")
 OWN_ACCOUNT = (Outcome.OK, Outcome.STEP_LIMIT, Outcome.DIVERGED, Outcome.UNIDENTIFIABLE)
 """The outcomes that an attack may return."""
+FAILED = (Outcome.CRASHED.name, Outcome.OUT_OF_MEMORY.name)
+"""What its process may say of it besides."""
 
 GIB = 2**30
 
@@ -123,7 +125,7 @@ def _timed(answers: Callable[[], Sequence[Any]], facts: Facts, expected: int) ->
     if len(got) != expected:
         raise ValueError(f"run_many returned {len(got)} answers to {expected} observations")
     peak = torch.cuda.max_memory_allocated() if cuda else _peak_resident_bytes()
-    return [_checked(one, facts, seconds, peak) for one in got]
+    return _checked(got, facts, [seconds] * expected, [peak] * expected)
 
 
 def _peak_resident_bytes() -> int:
@@ -132,33 +134,45 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _checked(answer: Any, facts: Facts, seconds: float | None, peak: int | None) -> Attempt:
+def _checked(
+    answers: Sequence[Any], facts: Facts, seconds: Sequence[float | None], peaks: Sequence[int | None]
+) -> list[Attempt]:
     """An answer that isn't what the contract says is a crash; one that isn't finite has diverged."""
+    for answer in answers:
+        _check_kind(answer, facts)
+    diverged: dict[int, str] = {}
+    parts: list[dict[str, Tensor]] = [{} for _ in answers]
+    for name in PARTS:
+        there = [at for at, answer in enumerate(answers) if getattr(answer, name) is not None]
+        if not there:
+            continue
+        stack = torch.stack([getattr(answers[at], name).detach() for at in there])  # a copy of their own
+        for at, value, finite in zip(there, stack, stack.isfinite().flatten(1).all(1).tolist(), strict=True):
+            parts[at][name] = value
+            if not finite:
+                diverged.setdefault(at, f"{name} is not finite")
+    return [
+        Attempt(Reconstruction(Outcome.DIVERGED), diverged[at], *cost)
+        if at in diverged
+        else Attempt(
+            Reconstruction(answer.outcome, **parts[at], notes=dict(answer.notes)),
+            str(answer.notes.get("reason", "")),
+            *cost,
+        )
+        for at, (answer, *cost) in enumerate(zip(answers, seconds, peaks, strict=True))
+    ]
+
+
+def _check_kind(answer: Any, facts: Facts) -> None:
     if not isinstance(answer, Reconstruction) or not isinstance(answer.outcome, Outcome):
         raise TypeError(f"run returned {type(answer).__name__}, not a Reconstruction")
     if answer.outcome not in OWN_ACCOUNT:
         raise ValueError(f"run returned {answer.outcome}, which is not an attack's to say")
     for name, shape in zip(PARTS, _shapes(facts), strict=True):
         value = getattr(answer, name)
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"returned {name} of shape {got}, expected {shape}")
-        if not bool(torch.isfinite(value).all()):
-            return Attempt(Reconstruction(Outcome.DIVERGED), f"{name} is not finite", seconds, peak)
-    detached = Reconstruction(
-        answer.outcome,
-        _detached(answer.soft_labels),
-        _detached(answer.features),
-        _detached(answer.images),
-        dict(answer.notes),
-    )
-    return Attempt(detached, str(answer.notes.get("reason", "")), seconds, peak)
-
-
-def _detached(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach().clone()  # not a view of a whole stack
 
 
 def _crashed(error: BaseException) -> Attempt:
@@ -220,7 +234,7 @@ class AttackProcess:
         fresh = self._answered == 0
         try:
             answer = self._ask(spec, observations, seeds, limits, architecture)
-            found = _decoded(answer, [observation.facts for observation in observations])
+            found = _decoded(answer, observations[0].facts, len(observations))
             self._answered += 1
             return found
         except TimeoutError:
@@ -550,43 +564,40 @@ def _shapes(facts: Facts) -> tuple[tuple[int, ...], ...]:
     return (n, facts.num_classes), (n, facts.feature_width), (n, *facts.image_shape)
 
 
-def _decoded(answer: bytes, facts: Sequence[Facts]) -> list[Attempt]:
+def _decoded(answer: bytes, facts: Facts, expected: int) -> list[Attempt]:
     """The attempts; what is said of them is believed only as far as an attack may say it."""
     text, _, blob = answer.partition(b"\0")
     try:
         texts, stacks = json.loads(text), safetensors.torch.load(blob)
+        if len(texts) != expected:
+            raise ValueError(f"{len(texts)} answers to {expected} observations")
         rest = {part: iter(stack) for part, stack in stacks.items()}
+        made, seconds, peaks = [], [], []
+        for outcome, _, took, peak, notes, there in texts:
+            parts = [next(rest[part]) if has else None for part, has in zip(PARTS, there, strict=True)]
+            failed = outcome in FAILED
+            own = Outcome.DIVERGED if failed else Outcome[outcome]
+            made.append(Reconstruction(own, *parts, notes=dict(notes)))
+            seconds.append(float(took) if took is not None and math.isfinite(took) else None)
+            peaks.append(None if peak is None else int(peak))
+        checked = _checked(made, facts, seconds, peaks)
         return [
-            _believed(
-                one,
-                [next(rest[part]) if there else None for part, there in zip(PARTS, one[5], strict=True)],
-                about,
-            )
-            for one, about in zip(texts, facts, strict=True)
+            Attempt(Reconstruction(Outcome[text[0]]), str(text[1]))
+            if text[0] in FAILED
+            else replace(one, reason=str(text[1]))
+            for one, text in zip(checked, texts, strict=True)
         ]
+    except StopIteration:
+        raise _UnreadableError("the attack's process sent fewer parts than it says") from None
     except (
         ValueError,
         TypeError,
         KeyError,
-        IndexError,
-        StopIteration,
         RecursionError,
+        OverflowError,
         safetensors.SafetensorError,
     ) as error:
         raise _UnreadableError(f"the attack's process sent what is no answer: {error}") from None
-
-
-def _believed(text: Any, parts: Sequence[Tensor | None], facts: Facts) -> Attempt:
-    outcome, reason, seconds, peak, notes, _ = text
-    if outcome in (Outcome.CRASHED.name, Outcome.OUT_OF_MEMORY.name):
-        return Attempt(Reconstruction(Outcome[outcome]), str(reason))
-    checked = _checked(
-        Reconstruction(Outcome[outcome], parts[0], parts[1], parts[2], notes=dict(notes)),
-        facts,
-        float(seconds) if math.isfinite(seconds) else None,
-        None if peak is None else int(peak),
-    )
-    return Attempt(checked.reconstruction, str(reason), checked.seconds, checked.peak_bytes)
 
 
 # --- inside the process ------------------------------------------------------------------------------------

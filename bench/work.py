@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import time
 from collections import deque
@@ -30,7 +31,7 @@ from bench.cases.scenario import Scenario, digest, seed
 from bench.errors import UserError
 from bench.isolation import PARTS, Architecture, Attempt, Limits
 from bench.metrics import FAILED, stacks
-from bench.metrics.formats import label_format
+from bench.metrics.formats import label_formats
 from bench.metrics.labels import lam_error
 from bench.report.record import SCENARIO, Record, line
 from bench.threat import Batch, Facts, Knowledge, Observation, Outcome, Reconstruction, Update, grant, mask
@@ -176,12 +177,8 @@ class Chunk:
 class Truth(stacks.Truth):
     """What only metrics meet, of one sample."""
 
-    probabilities: Tensor  # (N, K)
-
-    @functools.cached_property
-    def formats(self) -> frozenset[str]:
-        """The formats of the released labels."""
-        return frozenset(map(label_format, self.released.soft_labels))
+    u: Tensor  # (N, K), the probabilities less the released labels, float64
+    formats: frozenset[str]  # of the released labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,6 +377,8 @@ def observe(chunk: Chunk, context: Context) -> Observed:
     )
     private = _split(dataset.batch(torch.cat(chosen), context.device), len(chosen))
     released, updates = [], []
+    random_features = {"prepare", "gradient"} <= defense.stages()  # a bottleneck draws noise with each
+    drawn_features: list[Tensor] = []
     stacked = (
         chunk.reads == "head"
         and scenario.protocol == protocol.FedSGD.name
@@ -393,21 +392,35 @@ def observe(chunk: Chunk, context: Context) -> Observed:
             let_out = [defense.change_batch(one, others, rng) for one in let_out]
         released.append(_joined(let_out))
         if not stacked:
-            updates.append(talk.updates(client, defense, let_out, rng))
+            with client.head_inputs() as passed:
+                updates.append(talk.updates(client, defense, let_out, rng))
+            if random_features:
+                drawn_features.append(torch.cat(passed[: talk.clients]))
 
-    features = client.features(torch.stack([batch.images for batch in released]))  # (M, N, D)
+    if random_features:
+        features = torch.stack(drawn_features)
+    else:
+        features = client.features(torch.stack([batch.images for batch in released]))  # (M, N, D)
     with torch.no_grad():
         probabilities = client.model.get_submodule(client.head)(features).softmax(-1)
+    labels = torch.stack([batch.soft_labels for batch in released])  # (M, N, K)
+    each = iter(label_formats(labels.flatten(0, 1)))
+    formats = [frozenset(itertools.islice(each, labels.shape[1])) for _ in released]
     if stacked:
-        heads = client.head_updates(features, torch.stack([batch.soft_labels for batch in released]))
+        heads = client.head_updates(features, labels)
         updates = [({name: value[m] for name, value in heads.items()},) for m in range(len(released))]
     facts = _facts_of(scenario, dataset, client)
     auxiliary = _auxiliary(dataset, scenario, context.device)
     observations = [
         Observation(
-            client.model, sent[-1], client.head, facts, _granted(scenario, talk, batch, auxiliary), sent[:-1]
+            client.model,
+            sent[-1],
+            client.head,
+            facts,
+            _granted(scenario, talk, batch.soft_labels, named, auxiliary),
+            sent[:-1],
         )
-        for sent, batch in zip(updates, released, strict=True)
+        for sent, batch, named in zip(updates, released, formats, strict=True)
     ]
     architecture = Architecture(
         scenario.model,
@@ -417,7 +430,8 @@ def observe(chunk: Chunk, context: Context) -> Observed:
         scenario.batch_norm,
         chunk.weights_sha256,
     )
-    truths = tuple(map(Truth, released, private, features, probabilities))
+    u = probabilities.double() - labels.double()
+    truths = tuple(map(Truth, released, private, features, u, formats))
     return Observed(tuple(observations), truths, architecture)
 
 
@@ -509,21 +523,23 @@ def _auxiliary(dataset: data.Dataset, scenario: Scenario, device: str) -> Batch 
 
 
 def _granted(
-    scenario: Scenario, talk: protocol.Protocol, released: Batch, auxiliary: Batch | None
+    scenario: Scenario,
+    talk: protocol.Protocol,
+    soft_labels: Tensor,
+    formats: frozenset[str],
+    auxiliary: Batch | None,
 ) -> Knowledge:
     """All that the grid grants; an attack gets what it uses of it."""
-    granted = frozenset(scenario.knowledge)
-    formats = set(map(label_format, released.soft_labels)) if "label_format" in granted else set()
     local = talk if isinstance(talk, protocol.FedAvg) else None
     everything = Knowledge(
-        label_format=formats.pop() if len(formats) == 1 else None,
-        soft_labels=released.soft_labels,
+        label_format=next(iter(formats)) if len(formats) == 1 else None,
+        soft_labels=soft_labels,
         local_steps=None if local is None else local.steps,
         local_lr=None if local is None else local.lr,
         auxiliary=auxiliary,
         defense=scenario.defense,
     )
-    return grant(everything, granted)
+    return grant(everything, frozenset(scenario.knowledge))
 
 
 def _for_attack(observation: Observation, entrant: Entrant) -> Observation:
@@ -618,9 +634,9 @@ def _about_labels(answer: Reconstruction, truth: Truth) -> dict[str, Any]:
     """`lam_error`, relative to the true λ = 1/(p_r - y_r), and `format_found`, where an attack names them."""
     found: dict[str, Any] = {}
     lam, row = answer.notes.get("lam"), answer.notes.get("row")
-    classes = range(truth.probabilities.shape[1])
+    classes = range(truth.u.shape[1])
     if len(truth.released) == 1 and isinstance(lam, float) and isinstance(row, int) and row in classes:
-        u = float(truth.probabilities[0, row]) - float(truth.released.soft_labels[0, row])
+        u = float(truth.u[0, row])
         error = lam_error(lam, 1 / u if u else math.inf)
         found["lam_error"] = error if math.isfinite(error) else None
     if answer.notes.get("label_format"):

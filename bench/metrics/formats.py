@@ -19,7 +19,15 @@ def label_format(soft_label: Tensor) -> str:
     >>> label_format(torch.tensor([0.02, 0.92, 0.02, 0.02, 0.02]))
     'smoothing'
     """
-    shared = soft_label.min()  # what stands out has more than what all share, e = 0 or ε/K
-    standing_out = int(((soft_label - shared).abs() > 1e-6).sum())
-    smoothed = bool(shared > 1e-6)
-    return NAMES.get((standing_out, smoothed), "smoothed_k_mix" if smoothed else "k_mix")
+    return label_formats(soft_label[None])[0]
+
+
+def label_formats(soft_labels: Tensor) -> list[str]:
+    """The format of each label, (M, K)."""
+    shared = soft_labels.amin(dim=1, keepdim=True)  # what stands out has more than all share, e = 0 or ε/K
+    standing_out = ((soft_labels - shared).abs() > 1e-6).sum(dim=1).tolist()
+    smoothed = (shared[:, 0] > 1e-6).tolist()
+    return [
+        NAMES.get(kind, "smoothed_k_mix" if kind[1] else "k_mix")
+        for kind in zip(standing_out, smoothed, strict=True)
+    ]

@@ -171,17 +171,17 @@ def answer(outcome="OK", reason="", seconds=0.1, peak=1, notes=None, **tensors) 
 )
 def test_a_forged_answer_is_refused(forged):
     with pytest.raises(isolation._UnreadableError):
-        isolation._decoded(forged, [FACTS])
+        isolation._decoded(forged, FACTS, 1)
 
 
 def test_a_forged_number_that_is_not_finite_has_diverged():
-    (found,) = isolation._decoded(answer(soft_labels=torch.full((1, 1, 4), float("nan"))), [FACTS])
+    (found,) = isolation._decoded(answer(soft_labels=torch.full((1, 1, 4), float("nan"))), FACTS, 1)
     assert found.reconstruction.outcome is Outcome.DIVERGED
 
 
 def test_what_is_encoded_is_decoded():
     made = Reconstruction(Outcome.STEP_LIMIT, soft_labels=torch.eye(4)[:1], notes={"loss": 0.5, "row": 3})
-    (found,) = isolation._decoded(isolation._encoded([Attempt(made, "so", 0.25, 7)]), [FACTS])
+    (found,) = isolation._decoded(isolation._encoded([Attempt(made, "so", 0.25, 7)]), FACTS, 1)
     assert (found.reason, found.seconds, found.peak_bytes) == ("so", 0.25, 7)
     assert found.reconstruction.outcome is Outcome.STEP_LIMIT
     assert found.reconstruction.notes == made.notes
