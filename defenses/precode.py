@@ -34,6 +34,7 @@ class PRECODE(Defense):
 
     name: ClassVar[str] = "precode"
     title: ClassVar[str] = "PRECODE"
+    revision: ClassVar[int] = 2
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.04725"
 
     width: int = 256

@@ -6,6 +6,8 @@ N = batch size, M = batches in a stack, K = classes, D = width of the head's inp
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,6 +61,18 @@ class FedSGDClient:
         body = copy.deepcopy(self.model)
         setattr(body.get_submodule(parent_name), leaf, nn.Identity())
         return body
+
+    @contextmanager
+    def head_inputs(self) -> Iterator[list[Tensor]]:
+        """The features (N, D) that reach the head while this is open, one entry a forward pass."""
+        passed: list[Tensor] = []
+        hook = self.model.get_submodule(self.head).register_forward_pre_hook(
+            lambda module, inputs: passed.append(inputs[0].detach())
+        )
+        try:
+            yield passed
+        finally:
+            hook.remove()
 
     def gradient(self, batch: Batch) -> Update:
         """Parameter name -> gradient, of the parameter's shape; a frozen parameter is not sent."""

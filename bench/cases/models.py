@@ -33,7 +33,7 @@ from bench.cache import cache_folder
 from bench.cases.data import Dataset
 from bench.errors import UserError, nearest
 from bench.registry import Spec, arguments, parse
-from bench.threat import Defense
+from bench.threat import Batch, Defense
 from bench.torchvision_ops import ensure_importable
 
 Shape = tuple[int, int, int]
@@ -51,6 +51,9 @@ EPOCHS_TRAINED = 20
 
 RECIPE = 1
 """Raised when training changes: part of a checkpoint's key."""
+
+RECIPE_OF_DEFENDED = 2
+"""The same, of architectures that a defense changed: 2 trains with the defense's own loss."""
 
 
 class Normalize(nn.Module):
@@ -391,7 +394,8 @@ class Network:
     @property
     def key(self) -> str:
         """The checkpoint's file name."""
-        return hashlib.sha256(json.dumps([RECIPE, asdict(self)]).encode()).hexdigest()[:24]
+        recipe = RECIPE if self.defense == "none" else RECIPE_OF_DEFENDED
+        return hashlib.sha256(json.dumps([recipe, asdict(self)]).encode()).hexdigest()[:24]
 
 
 def network(wanted: Network, dataset: Dataset, defense: Defense) -> nn.Module:
@@ -409,7 +413,8 @@ def network(wanted: Network, dataset: Dataset, defense: Defense) -> nn.Module:
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
         if not _load(model, path):
-            report = asdict(wanted) | train(model, dataset, count, wanted.weight_seed)
+            own = defense if "prepare" in defense.stages() else None
+            report = asdict(wanted) | train(model, dataset, count, wanted.weight_seed, own)
             _write(path, safetensors.torch.save(model.state_dict()))
             _write(path.with_suffix(".json"), json.dumps(report, indent=2).encode())
     return model.eval()
@@ -451,16 +456,21 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def train(model: nn.Module, dataset: Dataset, count: int, seed: int) -> dict[str, Any]:
+def train(
+    model: nn.Module, dataset: Dataset, count: int, seed: int, defense: Defense | None = None
+) -> dict[str, Any]:
     """Adam on hard labels for `count` epochs, in place; returns what the checkpoint's record says.
 
-    Deterministic on one machine: the order comes from a NumPy seed, sums from one thread.
+    A defense that changed the architecture gives the gradient, since its loss may be another one (PRECODE's
+    has a divergence). Deterministic on one machine: the order comes from a NumPy seed, sums from one thread.
     """
     started = time.monotonic()
     training = dataset.training_indices()
     images, labels = dataset.pixels(training, torch.device("cpu")), dataset.labels[training]
     held_out = dataset.held_out
     order = np.random.default_rng(seed)
+    soft_labels, rng = F.one_hot(labels, dataset.num_classes).float(), torch.Generator(device="cpu")
+    rng.manual_seed(seed)
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout
         model.train()
@@ -468,7 +478,10 @@ def train(model: nn.Module, dataset: Dataset, count: int, seed: int) -> dict[str
         for _ in range(count):
             for chosen in torch.from_numpy(order.permutation(len(labels))).split(64):
                 optimizer.zero_grad()
-                F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+                if defense is None:
+                    F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+                else:
+                    _defended_backward(model, defense, Batch(images[chosen], soft_labels[chosen]), rng)
                 optimizer.step()
         model.eval()
         for parameter in model.parameters():
@@ -487,6 +500,15 @@ def train(model: nn.Module, dataset: Dataset, count: int, seed: int) -> dict[str
         "torch": torch.__version__,
         "sha256": sha256(model),
     }
+
+
+def _defended_backward(model: nn.Module, defense: Defense, batch: Batch, rng: torch.Generator) -> None:
+    """Leaves the defense's gradient of the batch in the parameters' `grad`."""
+    from bench.cases.client import FedSGDClient  # it imports this module
+
+    gradient = defense.gradient(FedSGDClient(model), batch, rng)
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradient.get(name)
 
 
 @torch.no_grad()

@@ -11,9 +11,12 @@ from torch.nn import functional as F
 from attacks.images.fcn_analytic import FCNAnalytic
 from attacks.labels.bias_closed_form import BiasClosedForm
 from bench.cases.client import FedSGDClient
-from bench.cases.models import build, find_head, nonnegative_features
+from bench.cases.data import load
+from bench.cases.models import build, find_head, nonnegative_features, train
+from bench.cases.scenario import Block, Grid
+from bench.run import InProcess, plan, weights_sha256
 from bench.threat import Batch, Facts, Knowledge, Observation, Outcome
-from defenses.precode import PRECODE, Sample
+from defenses.precode import PRECODE, Sample, divergence
 
 K, SHAPE = 4, (1, 8, 8)
 
@@ -186,3 +189,37 @@ def test_factories_name_their_device(seeded, strict_devices):
     with strict_devices:
         client = FedSGDClient(PRECODE(width=6).prepare(model, seeded()).eval())
         PRECODE(width=6).gradient(client, given, seeded())
+
+
+def test_the_features_that_count_as_true_have_the_clients_noise():
+    """x = ∇W_r/∇b_r to the rounding, where the public model alone has z = μ."""
+    block = Block(
+        dataset=["mnist5k"],
+        model=["fcn(depth=2, width=24)"],
+        defense=["precode(width=8)"],
+        attacks=["bias_closed_form"],
+        samples=2,
+    )
+    grid = Grid(name="noise", blocks=[block])
+    planned = plan(grid, grid, None, "cpu")
+    weights = {network: weights_sha256(network, None) for network in planned.networks.values()}
+    rows = [row for _, part in InProcess().rows(planned.chunks(weights), planned.context) for row in part]
+    assert [row.outcome for row in rows] == ["ok", "ok"]
+    assert max(row.feature_error for row in rows) < 1e-3
+
+
+def test_networks_are_trained_with_the_divergence():
+    """A weight of 10 on it pushes z towards N(0, 1), whatever it costs the labels."""
+    data, left = load("mnist5k"), {}
+    for beta in (0.0, 10.0):
+        defense = PRECODE(width=8, beta=beta)
+        model = defense.prepare(build("fcn(depth=2, width=24)", (1, 28, 28), 10, seed=0), seeded_now())
+        train(model, data, 1, 0, defense)
+        with torch.no_grad():
+            moments = model.head.bottleneck.encoder(model[:-1](data.pixels(data.held_out)))
+        left[beta] = float(divergence(moments))
+    assert left[10.0] < left[0.0] / 10
+
+
+def seeded_now():
+    return torch.Generator(device="cpu").manual_seed(0)
