@@ -52,7 +52,9 @@ def observation(attack, bias: bool, seed: int = 0, n: int = 1, protocol: str = "
     """What an attack to which everything is granted sees of a small network."""
     client, private = FedSGDClient(network(bias)), batch(n, seed)
     auxiliary = batch(n=20, seed=1)
-    everything = Knowledge(soft_labels=private.soft_labels, label_format="hard", auxiliary=auxiliary)
+    everything = Knowledge(
+        soft_labels=private.soft_labels, label_format="hard", auxiliary=auxiliary, defense="none"
+    )
     knowledge = grant(everything, attack.uses)
     facts = Facts(
         batch_size=n,
@@ -62,7 +64,7 @@ def observation(attack, bias: bool, seed: int = 0, n: int = 1, protocol: str = "
         head_bias=bias,
         nonnegative_features=True,
         protocol=protocol,
-        granted=frozenset(attack.uses & {"soft_labels", "label_format", "auxiliary"}),
+        granted=frozenset(attack.uses & {"soft_labels", "label_format", "auxiliary", "defense"}),
     )
     update = mask(client.gradient(private), client.head, attack.reads)
     if protocol == "head_withheld":

@@ -57,8 +57,10 @@ def of_attack(name: str) -> tuple[str, list[float]]:
         for n in (1, 2):
             for protocol in ("fedsgd", "head_withheld"):
                 held, private = client(bias), batch(n, seed=0)
-                granted = attack.uses & {"soft_labels", "auxiliary"}
-                everything = Knowledge(soft_labels=private.soft_labels, auxiliary=batch(20, seed=1))
+                granted = attack.uses & {"soft_labels", "auxiliary", "defense"}
+                everything = Knowledge(
+                    soft_labels=private.soft_labels, auxiliary=batch(20, seed=1), defense="none"
+                )
                 facts = Facts(n, CLASSES, SHAPE, WIDTH, bias, True, protocol, frozenset(granted))
                 if attack.skip(facts) is None:
                     update = mask(held.gradient(private), held.head, attack.reads)
