@@ -73,8 +73,10 @@ def run(
     recorded = _read([folder])[0]
     made = boards.tracks([recorded])
     _show([recorded], [name for name in ("label", "image") if name in made] or made, "table")
+    if planned.utilities:
+        _show_defenses([recorded], [folder], "table")
     print(f"\nRecords: {folder / 'records.jsonl'} ({len(recorded.rows)} trials). Any of them again: ", end="")
-    print(f"leakbench rerun {folder} TRIAL")
+    print(f"leakbench rerun {folder} TRIAL\nA page of it: leakbench report {folder}")
     _exit_if_unfinished(recorded.rows)
 
 
@@ -82,7 +84,8 @@ def run(
 def leaderboard(
     runs: Annotated[list[Path], typer.Argument(help="Folders that `leakbench run` wrote.")],
     track: Annotated[
-        str | None, typer.Option(help="label, feature or image [all; csv, json: the first].")
+        str | None,
+        typer.Option(help="label, feature, image or defense [all but that; csv, json: the first]."),
     ] = None,
     format: Annotated[str, typer.Option(help="table, csv, json or md.")] = "table",
 ) -> None:
@@ -90,6 +93,9 @@ def leaderboard(
     from bench.report import leaderboard as boards
 
     recorded = _read(runs)
+    if track == "defense":
+        _show_defenses(recorded, runs, format)
+        return
     tracks = [track] if track else boards.tracks(recorded) or ["label"]
     _show(recorded, tracks[:1] if format in ("csv", "json") else tracks, format)
 
@@ -417,6 +423,14 @@ def _show(recorded: Sequence[Run], tracks: Sequence[str], format: str) -> None:
     from bench.report.leaderboard import leaderboard
 
     print("\n".join(tables.render(leaderboard(recorded, name), name, format) for name in tracks), end="")
+
+
+def _show_defenses(recorded: Sequence[Run], folders: Sequence[Path], format: str) -> None:
+    """What the strongest attacker gets of each defense, and what that costs where it was measured."""
+    from bench.report import defenses, utility
+
+    costs = [row for folder in folders for row in utility.read(folder)]
+    print(defenses.render(defenses.defense_board(recorded, costs), format), end="")
 
 
 def _print_comparison(row: dict[str, Any], again: Record, columns: Sequence[str]) -> list[str]:
