@@ -174,6 +174,35 @@ def rerun(
 
 
 @app.command()
+def report(
+    place: Annotated[Path, typer.Argument(help="A run's folder, or one of published records.")],
+    out: Annotated[Path | None, typer.Option(help="The page [report.html in the folder].")] = None,
+    data: DataOption = None,
+) -> None:
+    """Make one HTML page of a run: boards, curves, images; it needs no network."""
+    from bench import exhibits
+    from bench.registry import ROOT
+    from bench.report import load, manifests, page, utility
+
+    runs = load(place).runs
+    target = out or (place if place.is_dir() else place.parent) / "report.html"
+    shown = page.render(
+        runs,
+        str(place),
+        exhibits.exhibits(runs, data),
+        utility.read(place) if place.is_dir() else (),
+        ROOT / "results" / "speed",
+        manifests(place),
+    )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(shown, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{target} can't be written: {error.strerror}; choose another --out") from error
+    print(f"{target}: open it in a browser ({len(shown) // 1024} KiB)")
+
+
+@app.command()
 def submit(
     attack: Annotated[str, typer.Argument(help="FILE.py:CLASS, with parameters if you like.")],
     grid: Annotated[

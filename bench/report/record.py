@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import itertools
 import json
@@ -201,7 +202,7 @@ def _parsed(raw: bytes) -> Header | dict[str, Any]:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The whole lines and their numbers, without those of NUL bytes that a lost disk leaves."""
-    with path.open("rb") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if raw.endswith(b"\n") and raw.strip(b"\0 \r\n"):
                 yield number, raw
@@ -212,6 +213,18 @@ def _no_record(path: Path, number: int, error: ValueError) -> UserError:
         f"{path}, line {number} is no record of schema {SCHEMA} ({error}); "
         "a row that is deleted is computed again by the same `leakbench run`"
     )
+
+
+def files(place: Path) -> list[Path]:
+    """The records files of a run's folder, or of a folder of published ones, or the file itself.
+
+    Raises:
+        UserError: there are none.
+    """
+    if place.is_file() or (place / FILE).is_file() or not place.is_dir():
+        return [_file(place)]
+    published = sorted([*place.rglob("r*.jsonl"), *place.rglob("r*.jsonl.gz")])
+    return published or [_file(place)]
 
 
 def _file(folder: Path) -> Path:

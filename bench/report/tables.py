@@ -40,17 +40,17 @@ def _json(board: pd.DataFrame, track: Track) -> str:
 
 def _markdown(board: pd.DataFrame, track: Track) -> str:
     """A GitHub table: rank, who, what was attacked (the axes that vary), how well."""
-    names = _Names(board, track)
+    names = Names(board, track)
     varying = [c for c in ("grid", *SCENARIO) if c != "defense" and board[c].nunique() > 1]
     axes = [c for c in ("grid", *SCENARIO) if c in varying or c in ("model", "weights")]
     heads = ["rank", "attack", "defense", *(_words(axis) for axis in axes), "n"]
-    heads += [title for title, _ in _MEASURES[track.name]]
+    heads += [title for title, _ in MEASURES[track.name]]
     lines = [heads, ["---"] * len(heads)]
     for row in rows_of(board):
         who = [_rank(row), names.attack(row), names.defenses[row["defense"]]]
         cells = [*who, *(str(row[axis]) for axis in axes)]
         if row["skipped"] is None:
-            cells += [_counted(row), *(measure(row) for _, measure in _MEASURES[track.name])]
+            cells += [_counted(row), *(measure(row) for _, measure in MEASURES[track.name])]
         else:
             cells += ["–", f"skipped: {row['skipped']}", *[""] * (len(heads) - len(cells) - 2)]
         lines.append([cell.replace("|", "\\|") for cell in cells])
@@ -119,7 +119,7 @@ def _failures(row: dict[str, Any]) -> str:
     return str(row["failed"] or "")
 
 
-_MEASURES: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
+MEASURES: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
     "label": [
         ("success", _success),
         ("top-1", _rate("top1")),
@@ -142,13 +142,17 @@ _MEASURES: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
 }
 
 
-class _Names:
+class Names:
     """What people read for the attacks and defenses of a board."""
 
     def __init__(self, board: pd.DataFrame, track: Track) -> None:
         attacks = list(board["attack"].unique())
         self._attacks = {spec: _short(registry.attacks, spec, _told_apart(spec, attacks)) for spec in attacks}
-        self.defenses = {spec: _short(registry.defenses, spec) for spec in board["defense"].unique()}
+        single = [spec for spec in board["defense"].unique() if len(registry.split_chain(spec)) == 1]
+        self.defenses = {
+            spec: _short(registry.defenses, spec, _told_apart(spec, single) if spec in single else ())
+            for spec in board["defense"].unique()
+        }
         if track.name == "label" and "none" in self.defenses:
             self.defenses["none"] = "none (hard labels)"
 
@@ -164,9 +168,9 @@ class _Names:
 
 
 def _told_apart(spec: str, others: Iterable[str]) -> set[str]:
-    """The parameters by which an attack differs from others of the same name."""
-    own = registry.parse(spec)
-    namesakes = [other for other in map(registry.parse, others) if other.target == own.target]
+    """The parameters by which an attack or defense differs from others of the same name."""
+    own = parsed(spec)
+    namesakes = [other for other in map(parsed, others) if other.target == own.target]
     return {
         name
         for name, value in own.parameters.items()
@@ -174,7 +178,15 @@ def _told_apart(spec: str, others: Iterable[str]) -> set[str]:
     }
 
 
-def _needs(board: pd.DataFrame) -> dict[str, list[str]]:
+def parsed(spec: str) -> registry.Spec:
+    """The spec; of what is none, a name without parameters: records may hold anything."""
+    try:
+        return registry.parse(spec)
+    except UserError:
+        return registry.Spec(spec, {})
+
+
+def needs_of(board: pd.DataFrame) -> dict[str, list[str]]:
     """What each attack needs, one spec for those of one name; of attacks whose code is at hand."""
     from bench.report.assumptions import assumptions  # needs torch, which a board may do without
 
@@ -243,7 +255,8 @@ _AXES = {
 }
 
 
-def _phrase(row: dict[str, Any], axes: Iterable[str]) -> str:
+def phrase(row: dict[str, Any], axes: Iterable[str]) -> str:
+    """Some of a row's axes in a person's words."""
     return ", ".join(_AXES[axis].format(row[axis]) for axis in axes if row[axis] != "")
 
 
@@ -253,7 +266,7 @@ def _draw_caption(console: Console, board: pd.DataFrame, track: Track) -> None:
     counts = sorted({row["n"] for row in rows if row["skipped"] is None and row["n"] >= row["expected"]})
     n = f"; n = {counts[0]}" + (f"–{counts[-1]}" if len(counts) > 1 else "") if counts else ""
     console.print(Text(f"{track.name.capitalize()} leaderboard", style="bold"), Text(f"— {track.question}"))
-    console.print(Text(f"{_phrase(rows[0], constant)}{n}"))
+    console.print(Text(f"{phrase(rows[0], constant)}{n}"))
 
 
 def _networks(board: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -261,13 +274,13 @@ def _networks(board: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
     varying = [axis for axis in ("grid", *NETWORK) if board[axis].nunique() > 1]
     networks: dict[str, list[dict[str, Any]]] = {}
     for row in rows_of(board):
-        networks.setdefault(_phrase(row, varying), []).append(row)
+        networks.setdefault(phrase(row, varying), []).append(row)
     return list(networks.items())
 
 
 def _draw_pivot(console: Console, board: pd.DataFrame, track: Track, notes: _Notes) -> None:
     """One row for each attack, one column for each defense; side by side as many as fit."""
-    names, networks = _Names(board, track), _networks(board)
+    names, networks = Names(board, track), _networks(board)
     order = _by_overall_success(board)
     attack_width = _width(_broken(names.attack(row), 28) for row in rows_of(board))
     room = console.width - attack_width - 2
@@ -332,7 +345,7 @@ _LEFT_OUT: tuple[tuple[str, ...], ...] = ((), ("MSE",), ("MSE", "labels"), ("MSE
 
 def _draw_list(console: Console, board: pd.DataFrame, track: Track, notes: _Notes) -> None:
     """One row for each attack against each defense, a defense's rows together."""
-    names = _Names(board, track)
+    names = Names(board, track)
     order = {defense: at for at, defense in enumerate(names.in_order)}
     networks = [
         (
@@ -361,16 +374,16 @@ def _draw_list(console: Console, board: pd.DataFrame, track: Track, notes: _Note
     _draw_sections(console, list(widths.items()), sections)
 
 
-def _list_row(row: dict[str, Any], names: _Names, track: Track, notes: _Notes) -> dict[str, str]:
+def _list_row(row: dict[str, Any], names: Names, track: Track, notes: _Notes) -> dict[str, str]:
     """Column's head -> what stands there."""
     cells = {
         "rank": _rank(row),
         "attack": names.attack(row),
         "defense": names.defenses[row["defense"]],
         "n": _counted(row),
-    } | {head: measure(row) for head, measure in _MEASURES[track.name]}
+    } | {head: measure(row) for head, measure in MEASURES[track.name]}
     if row["skipped"] is not None:
-        cells |= {"n": f"–{notes.mark(row['skipped'])}"} | {head: "" for head, _ in _MEASURES[track.name]}
+        cells |= {"n": f"–{notes.mark(row['skipped'])}"} | {head: "" for head, _ in MEASURES[track.name]}
     return cells
 
 
@@ -409,7 +422,7 @@ def _draw_notes(console: Console, board: pd.DataFrame, track: Track, notes: _Not
             "failed: crashed, timed out, out of memory, diverged or gave up; counts as not recovered"
         )
     if track.name == "label":
-        lines += [f"{name} needs {'; '.join(needs)}" for name, needs in _needs(board).items()]
+        lines += [f"{name} needs {'; '.join(needs)}" for name, needs in needs_of(board).items()]
     if track.name == "image" and board["lpips"].isna().all():
         lines.append("LPIPS: run `leakbench data lpips` first")
     if lines:
