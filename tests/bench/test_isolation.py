@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -12,7 +13,7 @@ import torch
 from bench import isolation
 from bench.cases import models
 from bench.cases.client import FedSGDClient
-from bench.isolation import Architecture, AttackProcess, Attempt, Limits
+from bench.isolation import GIB, Architecture, AttackProcess, Attempt, Limits
 from bench.threat import Batch, Facts, Knowledge, Observation, Outcome, Reconstruction
 
 FACTS = Facts(1, 4, (1, 6, 6), 8, head_bias=True, nonnegative_features=True)
@@ -49,6 +50,97 @@ class Hangs(Base):
 
 
 @dataclass(frozen=True)
+class Bloats(Base):
+    """Only over the second sample; in a process of its own if need be."""
+
+    name: ClassVar[str] = "bloats"
+
+    def run(self, observation, rng):
+        held = []
+        while observation.head_bias_gradient[1] < 0:
+            held.append(torch.ones(2**23))  # 32 MiB
+        return Reconstruction(Outcome.OK, soft_labels=torch.eye(4)[:1])
+
+
+@dataclass(frozen=True)
+class AsksTooMuch(Base):
+    name: ClassVar[str] = "asks_too_much"
+
+    def run(self, observation, rng):
+        torch.ones(2**60)
+
+
+@dataclass(frozen=True)
+class Leaves(Base):
+    """Something behind that goes on."""
+
+    name: ClassVar[str] = "leaves"
+
+    def run(self, observation, rng):
+        import subprocess
+
+        child = subprocess.Popen(["sleep", "1000"])
+        return Reconstruction(Outcome.OK, soft_labels=torch.eye(4)[:1], notes={"pid": child.pid})
+
+
+@dataclass(frozen=True)
+class Babbles(Base):
+    name: ClassVar[str] = "babbles"
+
+    def run(self, observation, rng):
+        notes = {str(i): "x" * 10**6 for i in range(100)}
+        return Reconstruction(Outcome.OK, soft_labels=torch.eye(4)[:1], notes=notes)
+
+
+@dataclass(frozen=True)
+class Detective(Base):
+    """Looks for the truth in all that a process can look at, and says where it has looked."""
+
+    name: ClassVar[str] = "detective"
+
+    def run(self, observation, rng):
+        import gc, glob, sys
+
+        looked, found = set(), []
+        frame = sys._getframe()
+        held = []
+        while frame is not None:
+            held += [*frame.f_locals.values(), *frame.f_globals.values()]
+            frame = frame.f_back
+            looked.add("frames")
+        for thing in [*gc.get_objects(), *held]:
+            name = type(thing).__name__
+            ours = str(type(thing).__module__).startswith("bench.")
+            if ours and name in ("Truth", "Observed", "Dataset", "Chunk", "Context", "Batch"):
+                found.append(f"gc: {name}")
+            if isinstance(thing, torch.Tensor) and thing.ndim >= 3 and tuple(thing.shape[-3:]) == (1, 6, 6):
+                found.append("gc: images")
+        looked.add("gc")
+        for text in [*os.environ.values(), *sys.argv]:
+            found += [f"environment: {text}" for word in ("secret", "mnist5k") if word in text]
+        looked.add("environment")
+        for link in glob.glob("/proc/self/fd/*"):
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if not target.startswith(("/dev/", "socket:", "pipe:", "/proc/", "anon_inode:")):
+                found.append(f"file: {target}")
+        looked.add("files")
+        if os.geteuid() != 0:
+            try:
+                open(f"/proc/{os.getppid()}/mem", "rb").close()
+                found.append("memory of the parent")
+            except OSError:
+                pass
+        given = vars(observation.knowledge)
+        found += [f"knowledge: {name}" for name in given if given[name] is not None]
+        found += [f"update: {name}" for name in observation.update if not name.startswith("head.")]
+        notes = {"found": "; ".join(found), "looked": ",".join(sorted(looked))}
+        return Reconstruction(Outcome.UNIDENTIFIABLE, notes=notes)
+
+
+@dataclass(frozen=True)
 class SaysSkipped(Base):
     name: ClassVar[str] = "says_skipped"
 
@@ -74,7 +166,7 @@ def attacks(tmp_path):
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def process():
     made = AttackProcess()
     yield made
@@ -104,10 +196,128 @@ def test_gives_what_the_attack_gives_here(process):
 
 
 def test_a_trial_past_its_time_is_stopped_and_the_others_go_on(process, attacks):
-    first, second, third = process.attempts(f"{attacks}:Hangs", observations(3), [1, 2, 3], Limits(5.0), NET)
+    first, second, third = process.attempts(f"{attacks}:Hangs", observations(3), [1, 2, 3], Limits(3.0), NET)
     assert first.reconstruction.outcome is third.reconstruction.outcome is Outcome.OK
     assert second.reconstruction.outcome is Outcome.TIMEOUT
-    assert second.reason == "stopped after 5 s"
+    assert second.reason == "stopped after 3 s"
+
+
+def test_a_trial_that_holds_too_much_is_stopped_and_the_others_go_on(process, attacks):
+    limits = Limits(60.0, memory=1.5 * GIB)
+    first, second, third = process.attempts(f"{attacks}:Bloats", observations(3), [1, 2, 3], limits, NET)
+    assert first.reconstruction.outcome is third.reconstruction.outcome is Outcome.OK
+    assert second.reconstruction.outcome is Outcome.OUT_OF_MEMORY
+    assert second.reason == "stopped at more than 1.5 GiB"
+
+
+def test_what_an_earlier_trial_left_in_memory_is_not_blamed_on_the_next(process, attacks, monkeypatch):
+    process.attempts("idlg", observations(1), [1], AMPLE, NET)
+    old = process._process.pid
+    honest = isolation._Meter.resident_bytes
+
+    def bloated(meter):
+        return 10 * GIB if meter._root.pid == old else honest(meter)
+
+    monkeypatch.setattr(isolation._Meter, "resident_bytes", bloated)
+    monkeypatch.setattr(isolation, "LOOKS", 0.0)
+    (answer,) = process.attempts("idlg", observations(1), [1], Limits(60.0, memory=2 * GIB), NET)
+    assert answer.reconstruction.outcome is Outcome.OK
+    assert process._process.pid != old
+
+
+def test_what_torch_can_not_allocate_is_out_of_memory(process, attacks):
+    (answer,) = process.attempts(f"{attacks}:AsksTooMuch", observations(1), [1], AMPLE, NET)
+    assert answer.reconstruction.outcome is Outcome.OUT_OF_MEMORY
+
+
+def test_what_an_attack_started_ends_with_its_process(process, attacks):
+    (answer,) = process.attempts(f"{attacks}:Leaves", observations(1), [1], AMPLE, NET)
+    pid = answer.reconstruction.notes["pid"]
+    assert _runs(pid)
+    process.stop()
+    deadline = time.monotonic() + 10
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def test_endless_notes_are_cut(process, attacks):
+    (answer,) = process.attempts(f"{attacks}:Babbles", observations(1), [1], AMPLE, NET)
+    assert answer.reconstruction.outcome is Outcome.OK
+    assert sum(map(len, answer.reconstruction.notes.values())) < 10**5
+
+
+def test_a_detective_finds_no_truth(process, attacks):
+    """Where it looks: frames, the garbage collector, environment and arguments, open files, its parent."""
+    (answer,) = process.attempts(f"{attacks}:Detective", observations(1), [1], AMPLE, NET)
+    assert answer.reconstruction.notes["found"] == ""
+    assert answer.reconstruction.notes["looked"] == "environment,files,frames,gc"
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("spec", ["resnet18(bias=False)", "convnet(width=4)", "lenet"])
+def test_a_model_arrives_as_it_was_sent(spec, mode):
+    sent = FedSGDClient.with_batch_norm(models.build(spec, (3, 16, 16), 4, seed=2), mode).model
+    next(iter(sent.parameters())).requires_grad_(False)
+    architecture = Architecture(spec, (3, 16, 16), 4, "none", mode, "")
+    head, _, weights = isolation._model_message(sent, architecture).partition(b"\0")
+    model = isolation._Model(json.loads(head), weights)
+    spoilt, arrived = model.whole("cpu"), model.whole("cpu")
+    for parameter in spoilt.parameters():
+        parameter.data.fill_(float("nan"))
+    assert arrived.training == sent.training
+    assert [name for name, _ in arrived.named_modules()] == [name for name, _ in sent.named_modules()]
+    for (name, one), (other_name, other) in zip(
+        arrived.named_parameters(), sent.named_parameters(), strict=True
+    ):
+        assert name == other_name
+        assert one.requires_grad == other.requires_grad
+        assert torch.equal(one, other)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(arrived(images), sent(images))
+
+
+def test_all_that_is_granted_arrives(process):
+    known = Knowledge(
+        label_format="hard",
+        soft_labels=torch.eye(4)[:1],
+        local_steps=3,
+        local_lr=0.5,
+        batch_norm={"bn": (torch.ones(2), torch.zeros(2))},
+        auxiliary=Batch(torch.rand(5, 1, 6, 6), torch.eye(4)[[0, 1, 2, 3, 0]]),
+        defense="mixup",
+    )
+    facts = replace(FACTS, protocol="fedavg", granted=frozenset({"label_format", "auxiliary"}))
+    (seen,) = observations(1)
+    sent = replace(seen, knowledge=known, facts=facts, later_updates=(seen.update, seen.update))
+    head, _, blob = isolation._question("idlg", [sent], [5], NET).partition(b"\0")
+    (arrived,) = isolation._asked(json.loads(head), blob, sent.model)
+    assert arrived.facts == facts
+    assert arrived.head == "head"
+    assert len(arrived.later_updates) == 2
+    for update, other in zip(
+        (arrived.update, *arrived.later_updates), (sent.update, *sent.later_updates), strict=True
+    ):
+        assert update.keys() == other.keys()
+        assert all(torch.equal(update[name], other[name]) for name in other)
+    plain = ("label_format", "local_steps", "local_lr", "defense")
+    assert all(getattr(arrived.knowledge, name) == getattr(known, name) for name in plain)
+    assert torch.equal(arrived.knowledge.soft_labels, known.soft_labels)
+    assert torch.equal(arrived.knowledge.auxiliary.images, known.auxiliary.images)
+    assert torch.equal(arrived.knowledge.batch_norm["bn"][0], torch.ones(2))
+
+
+def test_an_attack_gets_no_more_bytes_than_its_observations(process):
+    """A view of a stack must not bring the stack along: others' observations would come with it."""
+    seen = observations(3)
+    stacked = {name: torch.stack([one.update[name] for one in seen]) for name in seen[0].update}
+    views = [
+        replace(one, update={name: value[at] for name, value in stacked.items()})
+        for at, one in enumerate(seen)
+    ]
+    assert len(isolation._question("idlg", views[:1], [1], NET)) == len(
+        isolation._question("idlg", seen[:1], [1], NET)
+    )
 
 
 def test_what_an_attack_prints_harms_nothing_and_its_process_is_kept(process, attacks):
