@@ -5,7 +5,8 @@ smoothing k = 1, e = ε/K; mixup k = 2, e = 0; and so on. A point t is judged by
 r_i = y_i(t) - e in units of the rounding and noise that y_i(t) carries. In these units the false minimum of
 the plain variance at |t| → ∞, where y tends to a one-hot vector, is none.
 
-Everything here is straight-line tensor code: no decision depends on a value.
+Everything here is straight-line tensor code: no decision depends on a value. On one example its time is the
+number of operations, whatever K, so they are few; M examples and C candidates of each go at once.
 """
 
 from __future__ import annotations
@@ -16,201 +17,256 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-300
+_FLOOR, _MASS, _TIME, _LABEL = range(4)
+"""The columns of the least squares: e, α, log|t|, and what they are to explain."""
 
 
 class Problem(NamedTuple):
-    """M reduced gradients with the noise of their numbers; float64."""
+    """M reduced gradients with the noise of their numbers; float64, with a place for the candidates."""
 
-    s: Tensor  # (M, K) ∇W v
-    a: Tensor  # (M, K) W v
-    b: Tensor  # (M, K) bias, or zeros
-    s_variance: Tensor  # (M, K) of s
-    a_variance: Tensor  # (M, K) of a
-    logit_variance: Tensor  # (M, K) of log p, besides t² · a_variance
-    mass_precision: Tensor  # (M,) 1/variance of α in u = α p - y
-    floor: Tensor  # (M,) the granted floor e, else 0
-    slack: Tensor  # (M,) the reduced χ² up to which a fit passes
+    s: Tensor  # (M, 1, K) ∇W v
+    a: Tensor  # (M, 1, K) W v
+    b: Tensor  # (M, 1, K) bias, or zeros
+    s_variance: Tensor  # (M, 1, K) of s, above zero
+    a_variance: Tensor  # (M, 1, K) of a
+    logit_variance: Tensor  # (M, 1, K) of log p, besides t² · a_variance
+    least: Tensor  # (M, 1) the bound |t| ≥ ‖s‖₁/2, less the noise in it
+    slack: Tensor  # (M, 1) the reduced χ² up to which a fit passes
+    floor: float  # the granted e, else 0
+    sum_error: float  # standard error of α in u = α p - y
 
     def rows(self, which: Tensor) -> Problem:
         """The examples `which` alone."""
-        return Problem(*(field.index_select(0, which) for field in self))
+        s, a, b, s_variance, a_variance, logit_variance, least, slack = (
+            x.index_select(0, which) for x in self[:8]
+        )
+        return Problem(
+            s, a, b, s_variance, a_variance, logit_variance, least, slack, self.floor, self.sum_error
+        )
 
 
-class Shape(NamedTuple):
-    """What is fitted at each of C candidates."""
+class Frame(NamedTuple):
+    """What is fitted at each of C candidates: the part of the least squares that no t changes."""
 
     spikes: Tensor  # (C,) k
     free_floor: Tensor  # (C,) 1 where e is fitted, 0 where it is the granted floor
     free_scale: Tensor  # (C,) 1 where the gradient's scale is fitted (clipping by an unknown factor)
+    held: Tensor  # (C, 1) e where it is not fitted
+    prior: Tensor  # (C, 4, 2) rows that hold α near one, and e where it is not fitted
+    most_spikes: int
+    scaled: bool  # whether any scale is free
+
+    def candidates(self, which: Tensor) -> Frame:
+        """The candidates `which` alone."""
+        return Frame(
+            self.spikes[which],
+            self.free_floor[which],
+            self.free_scale[which],
+            self.held[which],
+            self.prior[which],
+            self.most_spikes,
+            self.scaled,
+        )
+
+    def with_free_floor(self) -> Frame:
+        """The same with e fitted at every candidate; no step of it says anything of y."""
+        mass = self.prior[..., 1]
+        prior = torch.stack([torch.zeros_like(mass), mass], dim=-1)
+        return self._replace(free_floor=torch.ones_like(self.free_floor), prior=prior)
+
+
+class Point(NamedTuple):
+    """The curve at t, (M, C, K) each."""
+
+    y: Tensor  # p - s/t
+    p: Tensor
+    slope: Tensor  # dy/dlog|t|
+    variance: Tensor  # of y
 
 
 class Fit(NamedTuple):
-    """The best e and α at each t, how well they fit, and the elimination behind them."""
+    """The best e and α at each t, and how well they fit: a triangle, from which all else is read.
 
-    chi2: Tensor  # (M, C)
-    step: Tensor  # (M, C) Gauss-Newton step in log|t|
-    curvature: Tensor  # (M, C) 1/variance of log|t|
-    floor: Tensor  # (M, C) e
-    mass: Tensor  # (M, C) α
-    mass_curvature: Tensor  # (M, C) 1/variance of α at a given t
-    coupling: Tensor  # (M, C) how α follows log|t|: dα/dlog|t| = -coupling
-    mean_p: Tensor  # (M, C) weighted mean of p off the spikes where e is free, else 0
-    mean_slope: Tensor  # (M, C) likewise of dy/dlog|t|
-    total: Tensor  # (M, C) sum of the weights
-    y: Tensor  # (M, C, K) p - s/t
-    p: Tensor  # (M, C, K)
-    slope: Tensor  # (M, C, K) dy/dlog|t|
+    α stands for the sum of the label: a label that sums to one only in float32 makes the loss's gradient
+    p·Σy - y, and a softmax is normalised only to its rounding.
+    """
+
+    point: Point
     off: Tensor  # (M, C, K) True off the spikes
-    information: Tensor  # (M, C, K) what each class tells about log|t|, were α known
-    variance: Tensor  # (M, C, K) of y
+    first_floor: Tensor  # (M, C) e, but for what the least squares adds
+    triangle: Tensor  # (M, C, 4, 4) R of the QR factorisation of [1, p, slope, y - first_floor], weighted
+
+    def _entry(self, row: int, column: int) -> Tensor:
+        return self.triangle[..., row, column]
+
+    @property
+    def chi2(self) -> Tensor:
+        """At t itself: what a step in log|t| would take off is still in it, (M, C)."""
+        return self.triangle[..., _TIME:, _LABEL].square().sum(dim=-1)
+
+    @property
+    def gain(self) -> Tensor:
+        """What a step in log|t| would take off χ², to first order, (M, C)."""
+        return self._entry(_TIME, _LABEL).square()
+
+    @property
+    def step(self) -> Tensor:
+        """Gauss-Newton step in log|t|, (M, C)."""
+        return -self._entry(_TIME, _LABEL) / self._entry(_TIME, _TIME)
+
+    @property
+    def curvature(self) -> Tensor:
+        """1/variance of log|t|, (M, C)."""
+        return self._entry(_TIME, _TIME).square()
+
+    @property
+    def mass_curvature(self) -> Tensor:
+        """1/variance of α at a given t, (M, C)."""
+        return self._entry(_MASS, _MASS).square()
+
+    @property
+    def mass_change(self) -> Tensor:
+        """α - 1, (M, C)."""
+        return -self._entry(_MASS, _LABEL) / self._entry(_MASS, _MASS)
+
+    @property
+    def coupling(self) -> Tensor:
+        """How α follows log|t|: dα/dlog|t| = -coupling, (M, C)."""
+        return self._entry(_MASS, _TIME) / self._entry(_MASS, _MASS)
+
+    @property
+    def mean_p(self) -> Tensor:
+        """Weighted mean of p off the spikes where e is free, else 0: (M, C)."""
+        return self._entry(_FLOOR, _MASS) / self._entry(_FLOOR, _FLOOR)
+
+    @property
+    def mean_slope(self) -> Tensor:
+        """Likewise of the slope."""
+        return self._entry(_FLOOR, _TIME) / self._entry(_FLOOR, _FLOOR)
+
+    @property
+    def floor(self) -> Tensor:
+        """The floor e at a given t, (M, C)."""
+        added = self._entry(_FLOOR, _LABEL) / self._entry(_FLOOR, _FLOOR)
+        return self.first_floor + added + self.mass_change * self.mean_p
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the weights where e is free, else 1: (M, C)."""
+        return self._entry(_FLOOR, _FLOOR).square()
 
 
 def probabilities(problem: Problem, t: Tensor) -> Tensor:
     """softmax(t a + b): (M, C) → (M, C, K)."""
-    return torch.softmax(t[..., None] * problem.a[:, None] + problem.b[:, None], dim=-1)
+    return torch.softmax(torch.addcmul(problem.b, t[..., None], problem.a), dim=-1)
 
 
-def label_variance(problem: Problem, t: Tensor, p: Tensor) -> Tensor:
-    """Variance of y(t) from the noise in s, a and p: (M, C, K)."""
-    t2 = t.square()[..., None]
-    logits = problem.logit_variance[:, None] + t2 * problem.a_variance[:, None]
-    return problem.s_variance[:, None] / t2 + p.square() * logits + _TINY
-
-
-def off_spikes(y: Tensor, spikes: Tensor, most_spikes: int) -> Tensor:
-    """True where y is not among its `spikes` largest entries: (M, C, K)."""
-    count = min(most_spikes + 1, y.shape[-1])
-    largest = y.topk(count, dim=-1).values
-    index = spikes.clamp_max(count - 1)[None, :, None].expand(y.shape[0], -1, 1)
-    return y <= largest.gather(-1, index)
-
-
-def fit(problem: Problem, t: Tensor, shape: Shape, most_spikes: int) -> Fit:
-    """How well the classes off the spikes share one value at each t: (M, C)."""
-    p = probabilities(problem, t)
-    off = off_spikes(p - problem.s[:, None] / t[..., None], shape.spikes, most_spikes)
-    return fit_classes(problem, t, shape, off, p)
-
-
-def fit_classes(problem: Problem, t: Tensor, shape: Shape, off: Tensor, p: Tensor) -> Fit:
-    """Weighted least squares in e and α at each t, with the Gauss-Newton step for log|t|.
-
-    α stands for the sum of the label: a label that sums to one only in float32 makes the loss's gradient
-    p·Σy - y, and a softmax is normalised only to its rounding. Its prior is that narrow, unless the scale of
-    the gradient is free.
-
-    Args:
-        problem: the reduced gradients.
-        t: (M, C).
-        shape: what is fitted; its spikes are not looked at.
-        off: (M, C, K) the classes that share e.
-        p: (M, C, K) softmax(t a + b).
-    """
-    s_over_t = problem.s[:, None] / t[..., None]
-    y = p - s_over_t
-    variance = label_variance(problem, t, p)
-    weight = off / variance
-    total = weight.sum(dim=-1)
-    mean_a = (p * problem.a[:, None]).sum(dim=-1, keepdim=True)
-    slope = p * (problem.a[:, None] - mean_a) * t[..., None] + s_over_t
-
-    # Eliminate e, by taking weighted means off the spikes away, then α, by what is left of p.
-    columns = torch.stack([y, p, slope], dim=-2)  # (M, C, 3, K)
-    free = shape.free_floor[:, None]
-    means = (columns * weight[..., None, :]).sum(dim=-1) / total[..., None] * free  # (M, C, 3)
-    columns = columns - means[..., None]
-    y_c, p_c, slope_c = columns.unbind(dim=-2)
-    held = (1 - shape.free_floor) * problem.floor[:, None]
-    y_c = y_c - held[..., None]
-    weighted_p = weight * p_c
-    prior = problem.mass_precision[:, None] * (1 - shape.free_scale)
-    mass_curvature = ((weighted_p * p_c).sum(dim=-1) + prior).clamp_min(_TINY)
-    d_mass = -(weighted_p * y_c).sum(dim=-1) / mass_curvature
-    coupling = (weighted_p * slope_c).sum(dim=-1) / mass_curvature
-    # As explicit residuals: differences of sums would cancel where p and the slope are nearly parallel.
-    residual = y_c + d_mass[..., None] * p_c
-    slope_left = slope_c - coupling[..., None] * p_c
-    chi2 = (weight * residual.square()).sum(dim=-1) + d_mass.square() * prior
-    curvature = (weight * slope_left.square()).sum(dim=-1) + coupling.square() * prior
-    gradient = (weight * slope_left * residual).sum(dim=-1) - coupling * d_mass * prior
-    mean_y, mean_p, mean_slope = means.unbind(dim=-1)
-    return Fit(
-        chi2=chi2,
-        step=-gradient / curvature.clamp_min(_TINY),
-        curvature=curvature,
-        floor=mean_y + d_mass * mean_p + held,
-        mass=1 + d_mass,
-        mass_curvature=mass_curvature,
-        coupling=coupling,
-        mean_p=mean_p,
-        mean_slope=mean_slope,
-        total=total,
-        y=y,
+def point_at(problem: Problem, t: Tensor) -> Point:
+    """The curve at t (M, C), with the variance of y(t) from the noise in s, a and p."""
+    column = t[..., None]
+    logits = column * problem.a  # but for b
+    p = torch.softmax(logits + problem.b, dim=-1)
+    s_over_t = problem.s / column
+    mean = (p * logits).sum(dim=-1, keepdim=True)
+    t2 = column.square()
+    relative = torch.addcmul(problem.logit_variance, t2, problem.a_variance)
+    return Point(
+        y=p - s_over_t,
         p=p,
-        slope=slope,
-        off=off,
-        information=weight * slope_c.square(),
-        variance=variance,
+        slope=torch.addcmul(s_over_t, p, logits - mean),
+        variance=torch.addcmul(problem.s_variance / t2, p.square(), relative),
     )
 
 
-class Polish(NamedTuple):
-    """The state of the damped Gauss-Newton iteration in log|t|."""
+def fit(problem: Problem, t: Tensor, frame: Frame) -> Fit:
+    """How well the classes off the spikes share one value at each t (M, C)."""
+    point = point_at(problem, t)
+    # The spikes are the k classes of the largest y.
+    largest = point.y.topk(min(frame.most_spikes + 1, point.y.shape[-1]), dim=-1).values
+    most = largest.gather(-1, frame.spikes[:, None].expand(len(t), -1, -1))
+    return fit_classes(point, point.y <= most, frame)
 
-    t: Tensor  # (M, C) the best so far
+
+def fit_classes(point: Point, off: Tensor, frame: Frame) -> Fit:
+    """Weighted least squares in e, α and log|t|, in this order, over the classes `off` (M, C, K).
+
+    By reflections: differences of sums would cancel where p and the slope are nearly parallel. Their own
+    rounding goes with the length of a column, so most of e is taken off y before.
+    """
+    scale = off * point.variance.rsqrt()
+    weight = scale.square()
+    mean = (weight * point.y).sum(dim=-1, keepdim=True) / weight.sum(dim=-1, keepdim=True)
+    ones = frame.free_floor[:, None]
+    floor = torch.addcmul(frame.held, mean, ones)
+    columns = [ones.expand_as(point.p), point.p, point.slope, point.y - floor]
+    prior = frame.prior.expand(len(scale), -1, -1, -1)
+    weighted = torch.cat([prior, torch.stack(columns, dim=-2) * scale[..., None, :]], dim=-1)
+    return Fit(point, off, floor[..., 0], torch.linalg.qr(weighted.mT, mode="r").R)
+
+
+class Polish(NamedTuple):
+    """The state of the damped Gauss-Newton iteration in log|t|, (M, C) each; no step changes a sign."""
+
+    t: Tensor  # the best so far
     chi2: Tensor
+    gain: Tensor  # what the step should take off χ²
     step: Tensor
     damping: Tensor
 
-
-def start_polish(t: Tensor) -> Polish:
-    """Before the first evaluation: the first step of `polish_step` evaluates `t` itself."""
-    zero = torch.zeros_like(t)
-    return Polish(t, torch.full_like(t, torch.inf), zero, torch.ones_like(t))
+    def rows(self, which: Tensor) -> Polish:
+        """The examples `which` alone."""
+        return Polish(*(part[which] for part in self))
 
 
-def polish_step(problem: Problem, state: Polish, shape: Shape, most_spikes: int, least_t: Tensor) -> Polish:
-    """Evaluate the proposed t, keep it where it is better, shorten the step where it isn't.
+def _bounded_step(found: Fit) -> Tensor:
+    return found.step.nan_to_num(0.0).clamp(-0.7, 0.7)
 
-    Args:
-        problem: the reduced gradients.
-        state: where the iteration stands.
-        shape: what is fitted.
-        most_spikes: the largest of `shape.spikes`.
-        least_t: (M, 1) the bound |t| ≥ ‖s‖₁/2, as the ℓ1 distance of p and y is at most 2.
-    """
+
+def start_polish(problem: Problem, t: Tensor, frame: Frame) -> Polish:
+    """The state at the seeds (M, C)."""
+    found = fit(problem, t, frame)
+    chi2 = found.chi2.nan_to_num(torch.inf)
+    return Polish(t, chi2, found.gain, _bounded_step(found), torch.ones_like(t))
+
+
+def polish_step(problem: Problem, state: Polish, frame: Frame) -> Polish:
+    """Evaluate the proposed t, keep it where it is better, shorten the step where it isn't."""
     proposal = state.t * torch.exp(state.damping * state.step)
-    proposal = proposal.sign() * torch.maximum(proposal.abs(), least_t)
-    found = fit(problem, proposal, shape, most_spikes)
-    better = found.chi2 < state.chi2
+    proposal = torch.copysign(torch.maximum(proposal.abs(), problem.least), proposal)
+    found = fit(problem, proposal, frame)
+    chi2 = found.chi2
+    better = chi2 < state.chi2
     return Polish(
         t=torch.where(better, proposal, state.t),
-        chi2=torch.where(better, found.chi2, state.chi2),
-        step=torch.where(better, found.step.nan_to_num(0.0).clamp(-0.7, 0.7), state.step),
+        chi2=torch.where(better, chi2, state.chi2),
+        gain=torch.where(better, found.gain, state.gain),
+        step=torch.where(better, _bounded_step(found), state.step),
         damping=torch.where(better, (2 * state.damping).clamp_max(1), 0.4 * state.damping),
     )
 
 
-def rough_misfit(problem: Problem, t: Tensor, shape: Shape, most_spikes: int, tolerance: Tensor) -> Tensor:
-    """How far each seed is from each shape, at a relative tolerance (M,): (M, S), (C,) shapes → (M, C, S).
+def rough_misfit(problem: Problem, t: Tensor, frame: Frame, tolerance: Tensor) -> Tensor:
+    """How far each seed is from each shape, at a relative tolerance (M, 1): (M, S), C shapes → (M, C, S).
 
     Negative labels are penalised, as no format has them.
     """
+    column = t[..., None]
     p = probabilities(problem, t)
-    s_over_t = problem.s[:, None] / t[..., None]
+    s_over_t = problem.s / column
     y = p - s_over_t
-    noise = problem.s_variance[:, None] / t.square()[..., None]
-    noise = noise + p.square() * t.square()[..., None] * problem.a_variance[:, None]
-    weight = 1 / (tolerance[:, None, None].square() * (p.square() + s_over_t.square()) + noise + _TINY)
+    noise = problem.s_variance / column.square()
+    noise = torch.addcmul(noise, p.square(), column.square() * problem.a_variance)
+    weight = 1 / (tolerance[..., None].square() * (p.square() + s_over_t.square()) + noise)
     # Sums over all classes, less those over the spikes, which are the classes of the largest y.
-    terms = torch.stack([weight, weight * y, weight * y.square()], dim=-2)  # (M, S, 3, K)
-    count = min(most_spikes, y.shape[-1])
+    weighted = weight * y
+    terms = torch.stack([weight, weighted, weighted * y], dim=-2)  # (M, S, 3, K)
+    count = min(frame.most_spikes, y.shape[-1])
     largest = y.topk(count, dim=-1).indices[..., None, :].expand(-1, -1, 3, -1)
     spikes = terms.gather(-1, largest).cumsum(dim=-1)
-    sums = terms.sum(dim=-1, keepdim=True) - spikes.index_select(-1, shape.spikes.clamp_max(count) - 1)
+    sums = terms.sum(dim=-1, keepdim=True) - spikes.index_select(-1, frame.spikes - 1)
     total, first, second = sums.unbind(dim=-2)  # (M, S, C) each
     total = total.clamp_min(_TINY)
-    floor = shape.free_floor * first / total + (1 - shape.free_floor) * problem.floor[:, None, None]
+    floor = frame.free_floor * first / total + frame.held[:, 0]
     chi2 = (second - 2 * floor * first + floor.square() * total).clamp_min(0)
-    negative = (-y.amin(dim=-1)).clamp_min(0) * t.abs() / problem.s.abs().amax(-1, keepdim=True)
+    negative = (-y.amin(dim=-1)).clamp_min(0) * t.abs() / problem.s.abs().amax(dim=-1)
     return (chi2 * (1 + 20 * negative[..., None])).transpose(1, 2)

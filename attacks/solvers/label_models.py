@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from attacks.solvers.curve import Shape
+from attacks.solvers.curve import Frame, Problem
 
 MOST_SPIKES = 8
 
@@ -67,10 +66,21 @@ class Granted:
         return self.epsilon is None and self.label_format not in ("hard", "mixup", "k_mix")
 
 
-def as_shape(models: list[Model], like: Tensor) -> Shape:
-    """The models as tensors on the device of `like`."""
-    return Shape(
-        spikes=torch.tensor([m.spikes for m in models], device=like.device),
-        free_floor=torch.tensor([float(m.free_floor) for m in models], dtype=like.dtype, device=like.device),
-        free_scale=torch.tensor([float(m.free_scale) for m in models], dtype=like.dtype, device=like.device),
+def as_frame(models: list[Model], problem: Problem) -> Frame:
+    """What the models leave free, one a candidate, as tensors on the problem's device."""
+    numbers, priors = [], []
+    for spikes, free_floor, free_scale in models:
+        numbers.append([spikes, free_floor, free_scale, 0.0 if free_floor else problem.floor])
+        # What isn't fitted gets a row of its own, and meets no other; α is one to the rounding.
+        alone, narrow = 0.0 if free_floor else 1.0, 0.0 if free_scale else 1 / problem.sum_error
+        priors.append([[alone, 0.0], [0.0, narrow], [0.0, 0.0], [0.0, 0.0]])
+    columns = torch.tensor(numbers, dtype=problem.s.dtype, device=problem.s.device).unbind(dim=1)
+    return Frame(
+        spikes=columns[0].long(),
+        free_floor=columns[1],
+        free_scale=columns[2],
+        held=columns[3][:, None],
+        prior=torch.tensor(priors, dtype=problem.s.dtype, device=problem.s.device),
+        most_spikes=max(m.spikes for m in models),
+        scaled=any(m.free_scale for m in models),
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _STEPS = 100
-_LEAST_SHARE = 0.005
+LEAST_SHARE = 0.005
 """A gradient counts as pruned where more of a row's entries than this are zero, against rank one."""
 _FAR = 1e-3
 _MOST_LEVELS = 2.0**17
@@ -29,18 +29,19 @@ class Completion(NamedTuple):
     misfit: Tensor  # (M,) of the entries that are there, relative to their mean square: a variance
 
 
-def is_pruned(rows: Tensor, s_rows: Tensor, direction: Tensor) -> Tensor:
+def is_pruned(rows: Tensor, direction: Tensor) -> Tensor:
     """Whether rows have zeros where rank one has none.
 
     Args:
         rows: (M, R, D) some rows of ∇W.
-        s_rows: (M, R) along `direction`.
         direction: (M, D), a row of the largest norm.
 
     Returns:
         (M,) True where it is pruned.
     """
     least = torch.finfo(torch.float32).tiny
+    rows, direction = rows.double(), direction.double()
+    s_rows = torch.matmul(rows, direction[..., None])[..., 0]
     expected = (s_rows[..., None] * direction[:, None]).abs() > 1e3 * least
     absent = ((rows == 0) & expected).double().mean(dim=2)  # (M, R)
     # A row that is zero as a whole may have underflowed, or cancelled where p rounds to y; if pruned, the
@@ -48,7 +49,7 @@ def is_pruned(rows: Tensor, s_rows: Tensor, direction: Tensor) -> Tensor:
     gone = (rows == 0).all(dim=2)
     size = rows.abs().flatten(1)
     far = torch.where(size == 0, torch.inf, size).amin(dim=1) > _FAR * size.amax(dim=1)
-    return (torch.where(gone, 0.0, absent).amax(dim=1) > _LEAST_SHARE) | (gone.any(dim=1) & far)
+    return (torch.where(gone, 0.0, absent).amax(dim=1) > LEAST_SHARE) | (gone.any(dim=1) & far)
 
 
 def complete(weight_gradient: Tensor, direction: Tensor) -> Completion:

@@ -5,6 +5,7 @@ Straight-line tensor code, all seeds of all examples at once. What is no seed co
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import combinations
 
@@ -15,7 +16,7 @@ from attacks.solvers.curve import Problem
 
 _PAIR_ANCHORS = 15
 _TRIPLE_ANCHORS = 9
-_NEWTON_STEPS = 7
+_NEWTON_STEPS = 3
 _KNEE = 5.0
 
 
@@ -33,18 +34,19 @@ def anchor_ranks(num_classes: int, count: int) -> list[int]:
     return sorted(rank for rank in ranks if rank < num_classes)
 
 
-def _by_rank(problem: Problem, count: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """s, a and b of all `size`-subsets of the anchors, in ascending a: each (M, subsets, size)."""
-    num_classes = problem.a.shape[1]
-    ranks = anchor_ranks(num_classes, count)
-    subsets = torch.tensor(list(combinations(ranks, size)), device=problem.a.device).reshape(-1)
-    classes = problem.a.argsort(dim=1)[:, subsets]  # (M, subsets · size)
-    shape = (len(classes), -1, size)
-    return (
-        problem.s.gather(1, classes).reshape(shape),
-        problem.a.gather(1, classes).reshape(shape),
-        problem.b.gather(1, classes).reshape(shape),
-    )
+@functools.cache
+def _subsets(num_classes: int, count: int, size: int) -> list[tuple[int, ...]]:
+    """All `size`-subsets of the anchors, as columns of ranks."""
+    return list(zip(*combinations(anchor_ranks(num_classes, count), size), strict=True))
+
+
+def _by_rank(problem: Problem, columns: list[Tensor], count: int, size: int) -> Tensor:
+    """Columns (M, K) at all `size`-subsets of the anchors, in ascending a: (M, columns, size, subsets)."""
+    a = problem.a[:, 0]
+    ranks = torch.tensor(_subsets(a.shape[1], count, size), device=a.device)  # (size, subsets)
+    classes = a.argsort(dim=1)[:, ranks]  # (M, size, subsets)
+    picked = torch.stack(columns, dim=1)[..., None].expand(-1, -1, -1, ranks.shape[1])
+    return picked.gather(2, classes[:, None].expand(-1, len(columns), -1, -1))
 
 
 def slopes(problem: Problem) -> Tensor:
@@ -53,10 +55,12 @@ def slopes(problem: Problem) -> Tensor:
     Off the spikes s_i = t p_i, so log|s_i| - b_i is linear in a_i with slope t.
     Two classes off the spikes have s of one sign, that of t; so each pair tells t, its sign included.
     """
-    s, a, b = _by_rank(problem, _PAIR_ANCHORS, 2)
-    height = s.abs().log() - b
-    t = (height[..., 1] - height[..., 0]) / (a[..., 1] - a[..., 0])
-    valid = (s[..., 0] * t > 0) & (s[..., 1] * t > 0) & torch.isfinite(t)
+    s = problem.s[:, 0]
+    height = s.abs().log() - problem.b[:, 0]
+    picked = _by_rank(problem, [height, problem.a[:, 0], s], _PAIR_ANCHORS, 2)
+    rise = picked[:, :2, 1] - picked[:, :2, 0]  # of the height, and of a
+    t = rise[:, 0] / rise[:, 1]
+    valid = (picked[:, 2] * t[:, None] > 0).all(dim=1)
     return torch.where(valid, t, torch.nan)
 
 
@@ -65,18 +69,22 @@ def triples(problem: Problem) -> Tensor:
 
     (s_k - s_i)/(s_l - s_i) = (exp(qτ) - 1)/(exp(τ) - 1) with q = (a_k - a_i)/(a_l - a_i), τ = t(a_l - a_i).
     The logarithm of the right side is concave and falls in τ: one root, sign included. Reversing the order of
-    the classes negates τ, so the root can be taken as positive, and Newton's method from the upper bound
-    log ρ/(q - 1) falls onto it without overshooting.
+    the classes negates τ, so the root can be taken as positive. There the logarithm lies below its tangent at
+    zero and below its asymptote, (q - 1)τ: Newton's method from the nearer of these two bounds falls onto the
+    root without overshooting, and three steps bring it within 1e-5.
     """
-    s, a, _ = _by_rank(problem, _TRIPLE_ANCHORS, 3)
-    width = a[..., 2] - a[..., 0]
-    q = (a[..., 1] - a[..., 0]) / width
-    ratio = (s[..., 1] - s[..., 0]) / (s[..., 2] - s[..., 0])
-    valid = (q > 0) & (q < 1) & (ratio > 0) & (ratio < 1)
+    picked = _by_rank(problem, [problem.a[:, 0], problem.s[:, 0]], _TRIPLE_ANCHORS, 3)
+    rise = (
+        picked[:, :, 1:] - picked[:, :, :1]
+    )  # (M, 2, 2, triples) to the class in the middle, and to the last
+    width = rise[:, 0, 1]
+    share = rise[:, :, 0] / rise[:, :, 1]
+    valid = ((share > 0) & (share < 1)).all(dim=1)
+    q, ratio = share.unbind(dim=1)
     reverse = ratio > q
     q = torch.where(valid, torch.where(reverse, 1 - q, q), 0.5)
     log_ratio = torch.where(valid, torch.where(reverse, 1 - ratio, ratio), 0.25).log()
-    tau = log_ratio / (q - 1)
+    tau = torch.maximum(log_ratio, 2 * (log_ratio - q.log())) / (q - 1)
     for _ in range(_NEWTON_STEPS):
         tau = tau.clamp_min(1e-12)
         low, high = torch.exp(-q * tau), torch.exp(-tau)
@@ -89,7 +97,7 @@ def triples(problem: Problem) -> Tensor:
 
 def flat(problem: Problem) -> Tensor:
     """Seed for a = 0 and e = 0: t = s_i/p_i off the spikes, p = softmax(b): (M, 1)."""
-    return (problem.s / torch.softmax(problem.b, dim=1)).median(dim=1, keepdim=True).values
+    return (problem.s / torch.softmax(problem.b, dim=-1)).median(dim=-1).values
 
 
 def grid(problem: Problem, points: int, most: float) -> Tensor:
@@ -98,8 +106,8 @@ def grid(problem: Problem, points: int, most: float) -> Tensor:
     A fit's basin in t is about as wide as 1/(spread of a), once logits differ by more than that: steps grow
     in proportion to t first, and evenly from there on, to logits that differ by `most`.
     """
-    least = problem.s.abs().sum(dim=1, keepdim=True) / 2
-    spread = problem.a.amax(dim=1, keepdim=True) - problem.a.amin(dim=1, keepdim=True)
+    least = problem.s.abs().sum(dim=-1) / 2
+    spread = problem.a.amax(dim=-1) - problem.a.amin(dim=-1)
     start = (least * spread).clamp(1e-12, most)  # logits' spread at the bound
     knee = min(_KNEE, most)  # steps are geometric below, even above
     first = torch.log(start.clamp_max(knee)) + (start.clamp_min(knee) - knee) / knee

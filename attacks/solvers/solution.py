@@ -64,8 +64,8 @@ def only_example(stack: SoftLabelSolution) -> SoftLabelSolution:
     """The solution of a stack of one, without the leading dimension."""
     assert stack.soft_labels is not None
     assert stack.features is not None
-    found = not bool(stack.soft_labels[0].isnan().any())
-    found_features = not bool(stack.features[0].isnan().any())
+    found = not bool(stack.soft_labels[0, 0].isnan())  # rows without an answer are NaN throughout
+    found_features = not bool(stack.features[0, 0].isnan())
     return SoftLabelSolution(
         outcome=stack.outcome[0],
         reason=stack.reason[0],
@@ -99,6 +99,12 @@ def empty_stack(weight: Tensor) -> SoftLabelSolution:
         epsilon_interval=none.reshape(0, 2),
         loss=none,
     )
+
+
+def ordinary(solution: SoftLabelSolution) -> SoftLabelSolution:
+    """The same in tensors that autograd can work on, whatever mode they were made in."""
+    fields = vars(solution).items()
+    return SoftLabelSolution(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in fields})
 
 
 def concatenate(parts: list[SoftLabelSolution]) -> SoftLabelSolution:

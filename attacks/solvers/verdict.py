@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from attacks.solvers import curve
-from attacks.solvers.curve import Problem, Shape
+from attacks.solvers.curve import Fit, Frame, Problem
 from attacks.solvers.joint import NoisyGradients, Point, error_bars, largest_square
-from attacks.solvers.label_models import Granted, Model, as_shape
+from attacks.solvers.label_models import Granted
 from attacks.solvers.reduction import Reduction
 from attacks.solvers.solution import LABEL_TOLERANCE, OK, UNIDENTIFIABLE, SoftLabelSolution, format_name
 
@@ -53,10 +53,10 @@ SENTENCES = {
 
 
 class Candidates(NamedTuple):
-    """Polished candidates of M examples."""
+    """Polished candidates of M examples, simplest models first."""
 
     t: Tensor  # (M, C)
-    models: list[Model]  # C of them, simplest first
+    frame: Frame
 
 
 class Verdict(NamedTuple):
@@ -79,98 +79,120 @@ class Verdict(NamedTuple):
 class Assessment(NamedTuple):
     """Every candidate with its label, error bars and equations left."""
 
+    fit: Fit
     y: Tensor  # (M, C, K) on the format
     floor: Tensor  # (M, C)
     floor_std: Tensor
     t_std: Tensor  # of log|t|
     label_std: Tensor
-    doubtful_std: Tensor  # label_std if the classes that tell most about t were more spikes
+    loosest: Tensor  # largest variance of y(t) off the spikes
     degrees: Tensor  # equations left
     reduced: Tensor  # χ² by equation
     valid: Tensor  # a label: no entry below zero, no spike below the floor
-    flatness: Tensor  # largest spread of t·a off the spikes
-    relief: Tensor  # relative spread of s off the spikes
 
 
-def assess(problem: Problem, t: Tensor, shape: Shape, most_spikes: int, floor_unknown: Tensor) -> Assessment:
+def assess(problem: Problem, found: Candidates, floor_is_free: bool) -> Assessment:
     """Labels and error bars of all candidates; straight-line.
 
     Args:
         problem: the reduced gradients.
-        t: (M, C) polished candidates.
-        shape: what was fitted at each.
-        most_spikes: the largest of `shape.spikes`.
-        floor_unknown: (C,) 1 where the error bars must leave e free though the fit may hold it at zero.
+        found: the candidates.
+        floor_is_free: the error bars leave e free where it isn't known, though the fit may hold it at zero.
     """
-    num_classes = problem.s.shape[1]
-    found = curve.fit(problem, t, shape, most_spikes)
-    # Error bars: the covariance of (log|t|, α, e), e freed wherever it isn't known.
-    loose = curve.fit(problem, t, shape._replace(free_floor=floor_unknown), most_spikes)
-    p, off, variance = found.p, found.off, found.variance
-    s_over_t = p - found.y
-    scale = torch.where(shape.free_scale > 0, found.mass, torch.ones_like(found.mass))
-    y = (found.mass[..., None] * p - s_over_t) / scale[..., None]
-    floor = found.floor / scale
+    frame = found.frame
+    fit = curve.fit(problem, found.t, found.frame)
+    point, off, mass_change = fit.point, fit.off, fit.mass_change
+    floor = fit.floor
+    y = torch.addcmul(point.y, mass_change[..., None], point.p)
+    if frame.scaled:
+        scale = torch.where(frame.free_scale > 0, 1 + mass_change, 1.0)
+        y, floor = y / scale[..., None], floor / scale
+
+    # Error bars: the covariance of (log|t|, α, e).
+    loose, floor_variance = fit, torch.zeros_like(floor)
+    if floor_is_free:
+        loose = curve.fit_classes(point, off, frame.with_free_floor())
+        floor_variance = 1 / loose.total
     t_variance = 1 / loose.curvature.clamp_min(1e-300)
-    floor_slope = loose.mean_slope - loose.coupling * loose.mean_p
-    floor_variance = floor_slope.square() * t_variance + loose.mean_p.square() / loose.mass_curvature
-    floor_variance = floor_variance + floor_unknown / loose.total
-    spike_slope = loose.slope - loose.coupling[..., None] * p
-    spike_variance = spike_slope.square() * t_variance[..., None]
-    spike_variance = spike_variance + p.square() / loose.mass_curvature[..., None]
+    mass_variance = 1 / loose.mass_curvature
+    coupling = loose.coupling
+    mean_p = loose.mean_p
+    floor_slope = loose.mean_slope - coupling * mean_p
+    floor_variance = floor_variance + floor_slope.square() * t_variance + mean_p.square() * mass_variance
+    spike_slope = point.slope - coupling[..., None] * point.p
     # The label sums to one: the spikes take up what is left, each as far as it is uncertain itself.
-    on_spikes = torch.where(off, 0.0, variance)
+    on_spikes = point.variance.masked_fill(off, 0.0)
     share = on_spikes / on_spikes.sum(dim=-1, keepdim=True).clamp_min(1e-300)
-    spike_variance = spike_variance + variance * (1 - share)
+    spike_variance = spike_slope.square() * t_variance[..., None]
+    spike_variance = torch.addcmul(spike_variance, point.p.square(), mass_variance[..., None])
+    spike_variance = torch.addcmul(spike_variance, on_spikes, 1 - share)
     worst_spike = torch.where(
-        shape.spikes > 1, (~off * spike_variance).amax(dim=-1), (num_classes - 1) ** 2 * floor_variance
+        frame.spikes > 1,
+        spike_variance.masked_fill(off, 0.0).amax(dim=-1),
+        (y.shape[-1] - 1) ** 2 * floor_variance,
     )
-    label_variance = torch.maximum(floor_variance, worst_spike)
 
-    # Any t can be made to fit where one class alone tells t: it could as well be one more spike. With every
-    # spike beyond two, and with a free scale, there are more roots to choose among: so many more must agree.
-    spared = (shape.spikes - 2).clamp_min(1) + shape.free_scale.long()  # (C,)
-    count = min(max(most_spikes - 2, 1) + 1, num_classes)
-    most_telling = found.information.topk(count, dim=-1).values
-    index = (spared - 1).clamp_max(count - 1)[:, None].expand(len(t), -1, 1)
-    others = off & (found.information < most_telling.gather(-1, index))
-    without = curve.fit_classes(problem, t, shape, others, p)
-    steepest = torch.where(others, found.mean_slope[..., None].expand_as(p), found.slope).square().amax(-1)
-    doubtful_variance = label_variance + steepest / without.curvature.clamp_min(1e-300)
-    doubtful_variance = torch.maximum(doubtful_variance, (off * variance).amax(dim=-1))
-
-    telling = off & (100 * variance < torch.maximum(p.square(), s_over_t.square()))
-    degrees = telling.sum(dim=-1) - 1 - shape.free_floor - shape.free_scale
-    reduced = found.chi2 / degrees.clamp_min(1)
+    telling = 100 * point.variance < torch.maximum(point.p, (point.p - point.y).abs()).square()
+    degrees = (telling & off).sum(dim=-1) - (1 + frame.free_floor + frame.free_scale)
+    reduced = fit.chi2 / degrees.clamp_min(1)
     inflation = reduced.clamp_min(1)
     floor_std = (floor_variance * inflation).sqrt()
 
     # The label on its format: the floor off the spikes, what is left on them.
-    spread = torch.where(off, torch.zeros_like(y), y)
-    left = 1 - (off * floor[..., None]).sum(dim=-1) - spread.sum(dim=-1)
-    on_format = torch.where(off, floor[..., None], spread + share * left[..., None])
-    slack = 5 * floor_std + 5 * (variance.sqrt() * off).amax(dim=-1) + 1e-9
-    lowest_spike = torch.where(off, torch.full_like(y, torch.inf), y).amin(dim=-1)
-    valid = torch.isfinite(found.chi2) & (floor > -slack) & (lowest_spike > floor - slack - 1e-6)
-
-    logits = t[..., None] * problem.a[:, None] + problem.b[:, None]
-    flatness = torch.where(off, logits, -torch.inf).amax(-1) - torch.where(off, logits, torch.inf).amin(-1)
-    size = (off * problem.s[:, None].abs()).amax(dim=-1)
-    relief = torch.where(off, problem.s[:, None], -torch.inf).amax(-1)
-    relief = relief - torch.where(off, problem.s[:, None], torch.inf).amin(-1)
+    on_format = torch.where(off, floor[..., None], y)
+    left = 1 - on_format.sum(dim=-1, keepdim=True)
+    loosest = (off * point.variance).amax(dim=-1)
+    slack = 5 * (floor_std + loosest.sqrt()) + 1e-9
+    lowest_spike = y.masked_fill(off, torch.inf).amin(dim=-1)
     return Assessment(
-        y=on_format,
+        fit=fit,
+        y=torch.addcmul(on_format, share, left),
         floor=floor,
         floor_std=floor_std,
         t_std=(t_variance * inflation).sqrt(),
-        label_std=(label_variance * inflation).sqrt(),
-        doubtful_std=(doubtful_variance * inflation).sqrt(),
+        label_std=(torch.maximum(floor_variance, worst_spike) * inflation).sqrt(),
+        loosest=loosest,
         degrees=degrees,
         reduced=reduced,
-        valid=valid,
-        flatness=flatness,
-        relief=relief / size.clamp_min(1e-300),
+        valid=(reduced < torch.inf) & (floor > -slack) & (lowest_spike > floor - slack - 1e-6),
     )
+
+
+class Doubt(NamedTuple):
+    """What speaks against the chosen candidate of each example, (M,) each."""
+
+    variance: Tensor  # of the label, beside its own, if the classes that tell most about t were more spikes
+    flatness: Tensor  # largest spread of t·a + b off the spikes
+    relief: Tensor  # relative spread of s off the spikes
+
+
+def doubt(problem: Problem, found: Candidates, fit: Fit, best: Tensor) -> Doubt:
+    """A closer look at the chosen candidates `best` (M,); straight-line."""
+    rows, frame = torch.arange(len(best), device=best.device), found.frame
+    # They are of one model each: as candidates of one example, not of many.
+    point, off = (
+        curve.Point(*(x[rows, best][None] for x in fit.point)),
+        fit.off[rows, best][None],
+    )  # (1, M, K)
+    # Any t can be made to fit where one class alone tells t: it could as well be one more spike. With every
+    # spike beyond two, and with a free scale, there are more roots to choose among: so many more must agree.
+    count = min(max(frame.most_spikes - 2, 1) + 1, off.shape[-1])
+    spared = ((frame.spikes - 2).clamp_min(1) + frame.free_scale.long()).clamp_max(count)
+    mean_slope = fit.mean_slope[rows, best]
+    information = off * (point.slope - mean_slope[:, None]).square() / point.variance
+    most_telling = information.topk(count, dim=-1).indices
+    is_spared = torch.arange(count, device=best.device) < spared[best][:, None]
+    others = off.scatter(-1, most_telling, off.gather(-1, most_telling) & ~is_spared)
+    without = curve.fit_classes(point, others, frame.candidates(best))
+    steepest = torch.where(others, without.mean_slope[..., None], point.slope).square().amax(dim=-1)
+
+    logits = torch.addcmul(problem.b[:, 0], found.t[rows, best][:, None], problem.a[:, 0])
+    both = torch.stack([logits, problem.s[:, 0]])  # (2, M, K)
+    highest = both.masked_fill(~off, -torch.inf).amax(dim=-1)
+    lowest = both.masked_fill(~off, torch.inf).amin(dim=-1)
+    flatness, relief = highest - lowest
+    size = torch.maximum(highest[1], -lowest[1]).clamp_min(1e-300)
+    return Doubt((steepest / without.curvature.clamp_min(1e-300))[0], flatness, relief / size)
 
 
 def impose_mixing(label: Tensor, floor: Tensor, label_std: Tensor, mixing: float) -> tuple[Tensor, Tensor]:
@@ -193,71 +215,67 @@ def judge(problem: Problem, found: Candidates, granted: Granted) -> Verdict:
 
     Args:
         problem: the reduced gradients, known to their rounding.
-        found: the candidates of all stages so far.
+        found: the candidates.
         granted: what the caller knows.
     """
-    models = found.models
-    shape = as_shape(models, found.t)
-    num_classes = problem.s.shape[1]
-    most = max(m.spikes for m in models)
-    unknown = torch.full_like(shape.free_floor, float(granted.floor_is_free))
-    view = assess(problem, found.t, shape, most, unknown)
-    freed = shape.spikes + shape.free_floor + 10 * shape.free_scale  # (C,)
-    label = view.y
-    valid = view.valid
-    extra = 0
+    frame = found.frame
+    num_classes = problem.s.shape[-1]
+    view = assess(problem, found, granted.floor_is_free)
+    freed = frame.spikes + frame.free_floor + 10 * frame.free_scale  # (C,)
+    label, valid, extra = view.y, view.valid, 0
     if granted.mixing is not None:
         label, agrees = impose_mixing(label, view.floor, view.label_std, granted.mixing)
         valid, extra = valid & agrees, 1
-    fits = valid & (view.reduced < problem.slack[:, None]) & (view.degrees + extra >= 1)
+    fits = valid & (view.reduced < problem.slack) & (view.degrees + extra >= 1)
     misfit = view.reduced * view.degrees.clamp_min(1) + penalty(freed, num_classes)
     cost = torch.where(fits, 1e6 * freed + view.reduced, 1e12 + misfit.clamp_max(1e11))
     cost = torch.where(valid, cost, cost + 1e12).nan_to_num(1e30)
-    best = cost.argmin(dim=1, keepdim=True)  # (M, 1)
+    best = cost.argmin(dim=1)  # (M,)
+    rows = torch.arange(len(best), device=best.device)
+    doubts = doubt(problem, found, view.fit, best)
 
-    def chosen(x: Tensor) -> Tensor:
-        return x.gather(1, best)[:, 0]
-
-    y = label.gather(1, best[..., None].expand(-1, 1, num_classes))[:, 0]
+    y = label[rows, best]
     differs = (label - y[:, None]).abs().amax(dim=-1) > LABEL_TOLERANCE  # (M, C)
-    per_model = freed.expand_as(found.t)
-    as_simple = fits & (per_model <= chosen(per_model)[:, None])
+    freed_best = freed[best]
+    as_simple = fits & (freed <= freed_best[:, None])
     several = (as_simple & differs).any(dim=1)
-    same = (shape.spikes == shape.spikes[best]) & (shape.free_floor == shape.free_floor[best])  # (M, C)
+    kind = 2 * frame.spikes + frame.free_floor
+    same = kind == kind[best][:, None]  # (M, C)
 
-    label_std, t_std = chosen(view.label_std), chosen(view.t_std)
-    more = shape.spikes < granted.most_spikes  # (C,)
-    doubtful = chosen(view.doubtful_std) * more[best[:, 0]] * _ERRORS > LABEL_TOLERANCE
+    numbers = [found.t, view.label_std, view.t_std, view.floor, view.floor_std, view.loosest]
+    numbers += [view.reduced, view.degrees, fits.to(label.dtype)]
+    t, label_std, t_std, floor, floor_std, loosest, reduced, degrees, fitted = torch.stack(numbers, dim=-1)[
+        rows, best
+    ].unbind(dim=1)
+    spikes, has_floor = frame.spikes[best], frame.free_floor[best] > 0
+    more = spikes < granted.most_spikes
+    label_variance, inflation = label_std.square(), reduced.clamp_min(1)
+    doubtful_variance = torch.maximum(label_variance + doubts.variance * inflation, loosest * inflation)
+    doubtful = (_ERRORS**2 * doubtful_variance > LABEL_TOLERANCE**2) & more
     sharp = (_ERRORS * label_std < LABEL_TOLERANCE) & (t_std < 0.1) & ~doubtful
-    fitted = chosen(fits.to(misfit.dtype)) > 0
-    smooth, flatness = chosen(view.relief) < 0.05, chosen(view.flatness)
-    uniform = (flatness < 0.05) | (smooth & (flatness < 1))
-    blurred = torch.where(smooth, Reason.SATURATED, Reason.NOISE)
-    blurred = torch.where(doubtful & ~smooth, Reason.ONE_TELLER, blurred)
-    blurred = torch.where(uniform, Reason.UNIFORM, blurred)
-    free_scale = chosen(shape.free_scale.expand_as(found.t)) > 0
-    reason = torch.where(
-        sharp,
-        torch.where(several, Reason.SEVERAL, torch.where(free_scale, Reason.SCALED, Reason.FOUND)),
-        blurred,
-    )
-    degrees = chosen(view.degrees)
-    floor = chosen(view.floor)
+    smooth = doubts.relief < 0.05
+    uniform = (doubts.flatness < 0.05) | (smooth & (doubts.flatness < 1))
+    blurred = torch.where(smooth, int(Reason.SATURATED), int(Reason.NOISE))
+    blurred = torch.where(doubtful & ~smooth, int(Reason.ONE_TELLER), blurred)
+    blurred = torch.where(uniform, int(Reason.UNIFORM), blurred)
+    reason = torch.where(several, int(Reason.SEVERAL), int(Reason.FOUND))
+    if frame.scaled:
+        scaled = (frame.free_scale[best] > 0) & ~several
+        reason = torch.where(scaled, int(Reason.SCALED), reason)
+    is_fit = fitted > 0
     return Verdict(
-        reason=torch.where(fitted, reason, Reason.NO_FIT),
-        decided=fitted & sharp & ~several & (degrees >= 2 + chosen(freed.expand_as(found.t))),
-        t=chosen(found.t),
+        reason=torch.where(is_fit, torch.where(sharp, reason, blurred), int(Reason.NO_FIT)),
+        decided=is_fit & sharp & ~several & (degrees >= 2 + freed_best),
+        t=t,
         y=y,
-        spikes=chosen(shape.spikes.expand_as(found.t)),
-        has_floor=floor.abs() > 1e-12
-        if not granted.floor_is_free
-        else chosen(shape.free_floor.expand_as(found.t)) > 0,
-        confidence=share_of(same, as_simple.to(misfit.dtype)),
+        spikes=spikes,
+        has_floor=has_floor if granted.floor_is_free else floor.abs() > 1e-12,
+        confidence=share_of(same, as_simple.to(label.dtype)),
         t_std=t_std,
         label_std=label_std,
         epsilon=num_classes * floor,
-        epsilon_std=num_classes * chosen(view.floor_std),
-        loss=chosen(view.reduced),
+        epsilon_std=num_classes * floor_std,
+        loss=reduced,
     )
 
 
@@ -337,16 +355,17 @@ def judge_noisy(
 
 def no_verdict(problem: Problem, reason: Reason) -> Verdict:
     """No answer for any of M examples."""
-    nan = torch.full_like(problem.s, torch.nan)
+    nan = torch.full_like(problem.s[:, 0], torch.nan)
     one = nan.select(1, 0)
     count = torch.zeros_like(one, dtype=torch.long)
+    never = count > 0
     return Verdict(
         reason=count + int(reason),
-        decided=count > 0,
+        decided=never,
         t=one,
         y=nan,
         spikes=count,
-        has_floor=count > 0,
+        has_floor=never,
         confidence=torch.zeros_like(one),
         t_std=one,
         label_std=one,
@@ -377,22 +396,24 @@ def to_solution(verdict: Verdict, reduction: Reduction, dtype: torch.dtype) -> S
         for k, floor in zip(verdict.spikes.tolist(), verdict.has_floor.tolist(), strict=True)
     ]
     lam = verdict.t * reduction.lam_per_t
-    epsilon = torch.stack(
-        [verdict.epsilon - 2 * verdict.epsilon_std, verdict.epsilon + 2 * verdict.epsilon_std], dim=1
+    epsilon = verdict.epsilon[:, None] + 2 * verdict.epsilon_std[:, None] * torch.tensor(
+        [-1.0, 1.0], dtype=y.dtype, device=y.device
     )
-    unknown = torch.stack([torch.zeros_like(lam), torch.ones_like(lam)], dim=1)
+    unknown = torch.tensor([0.0, 1.0], dtype=y.dtype, device=y.device)
     epsilon = torch.where(epsilon.isnan(), unknown, epsilon).clamp(0, 1)
+    numbers = [lam, verdict.confidence, lam.abs() * verdict.t_std, verdict.label_std.clamp_max(1)]
+    lam, confidence, lam_std, label_std, loss = torch.stack([*numbers, verdict.loss]).to(dtype).unbind()
     return SoftLabelSolution(
         outcome=[OK if code in (Reason.FOUND, Reason.SCALED) else UNIDENTIFIABLE for code in codes],
         reason=[SENTENCES[Reason(code)] for code in codes],
         soft_labels=y.to(dtype),
         features=(verdict.t[:, None] * reduction.direction.double()).to(dtype),
-        lam=lam.to(dtype),
+        lam=lam,
         row=reduction.row,
         label_format=formats,
-        format_confidence=verdict.confidence.to(dtype),
-        lam_std=(lam.abs() * verdict.t_std).to(dtype),
-        label_std=verdict.label_std.clamp_max(1).to(dtype),
+        format_confidence=confidence,
+        lam_std=lam_std,
+        label_std=label_std,
         epsilon_interval=epsilon.to(dtype),
-        loss=verdict.loss.to(dtype),
+        loss=loss,
     )

@@ -5,7 +5,7 @@ import torch
 
 from attacks.solvers import curve, seeds
 from attacks.solvers.exact import make_problem
-from attacks.solvers.label_models import Model, as_shape
+from attacks.solvers.label_models import Model, as_frame
 from attacks.solvers.reduction import reduce
 
 FORMATS = {"hard": (1, False), "smoothing": (1, True), "mixup": (2, False), "smoothed_mixup": (2, True)}
@@ -25,8 +25,8 @@ def test_the_true_t_fits_its_format_to_the_rounding_and_no_other_t_does(case, la
     c = case(label_format=label_format)
     problem, reduction = reduced(c)
     t = true_t(c, reduction)
-    shape = as_shape([Model(*FORMATS[label_format])], t)
-    chi2 = [float(curve.fit(problem, t * factor, shape, 2).chi2) for factor in (1, 1.001, 0.999, -1, 1e3)]
+    frame = as_frame([Model(*FORMATS[label_format])], problem)
+    chi2 = [float(curve.fit(problem, t * factor, frame).chi2) for factor in (1, 1.001, 0.999, -1, 1e3)]
     assert chi2[0] < 10
     assert min(chi2[1:]) > 1e6
 
@@ -35,7 +35,7 @@ def test_y_on_the_curve_is_the_label(case):
     c = case(label_format="smoothing", has_bias=True)
     problem, reduction = reduced(c)
     t = true_t(c, reduction)
-    y = curve.probabilities(problem, t)[0, 0] - problem.s[0] / t
+    y = curve.probabilities(problem, t)[0, 0] - problem.s[0, 0] / t
     assert torch.allclose(y[0], c.y)
 
 
@@ -43,9 +43,9 @@ def test_the_gauss_newton_step_lands_on_the_root(case):
     c = case(label_format="smoothed_mixup")
     problem, reduction = reduced(c)
     t = true_t(c, reduction)
-    shape = as_shape([Model(2, True)], t)
+    frame = as_frame([Model(2, True)], problem)
     for start in (1 - 1e-4, 1 + 1e-4):
-        step = curve.fit(problem, t * start, shape, 2).step
+        step = curve.fit(problem, t * start, frame).step
         assert torch.isclose(t * start * torch.exp(step), t, rtol=1e-6).all()
 
 
@@ -59,10 +59,10 @@ def test_the_curvature_is_the_inverse_variance_of_log_t(case):
         reduction = reduce((c.weight_gradient + noise)[None], c.weight, 1e-5)
         problem = make_problem(reduction, c.weight, None, 0.0, 1e-7)
         t = torch.dot(c.x, reduction.direction[0])[None, None]
-        shape = as_shape([Model(1, True)], t)
+        frame = as_frame([Model(1, True)], problem)
         root = t
         for _ in range(5):
-            fit = curve.fit(problem, root, shape, 1)
+            fit = curve.fit(problem, root, frame)
             root = root * torch.exp(fit.step)
         errors.append(float(torch.log(root / t)))
         bars.append(float(fit.curvature) ** -0.5)
