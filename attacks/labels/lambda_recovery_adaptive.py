@@ -2,8 +2,8 @@
 
 A hard label is known once its class is, which takes far less than λ; so is one smoothed by a known ε, where
 λ is not to be had. Other labels are searched for in the one format that the defense leaves, with the noise's
-true level; where each example was clipped, the factor is searched for too. Rounds on the same batch are
-averaged first.
+true level; where each example was clipped, the factor is searched for too. DCS' concealed examples are found
+along with the private ones, as a batch of twice the size. Rounds on the same batch are averaged first.
 """
 
 import math
@@ -51,12 +51,14 @@ class Told:
         epsilon: of the smoothing, where it is one number.
         noise_std: on an entry of one update; None where it isn't known.
         clipped: whether the gradient may be scaled by an unknown factor below one.
+        concealed: whether each example has another one beside it, whose label is mixed.
     """
 
     label_format: str | None
     epsilon: float | None
     noise_std: float | None
     clipped: bool
+    concealed: bool
 
 
 def told(defense: str) -> Told:
@@ -87,6 +89,7 @@ def told(defense: str) -> Told:
         epsilon,
         math.hypot(*added) if added and not foreign else None,
         bool(names & {"dp_gaussian", "dp_laplace", "sign_sgd"}),
+        "dcs" in names,
     )
 
 
@@ -144,8 +147,13 @@ class LambdaRecoveryAdaptive(Attack):
             return Reconstruction(Outcome.DIVERGED, notes={"reason": "the gradient is not finite"})
         defense = observation.knowledge.defense
         known = told("none" if defense is None else defense)
-        if observation.facts.batch_size > 1:
-            return _of_batch(observation, gradient, bias_gradient, known, rng)
+        n, num_classes = observation.facts.batch_size, observation.facts.num_classes
+        if known.concealed and 2 * n < num_classes and 2 * n <= gradient.shape[1]:
+            both = _of_batch(observation, gradient, bias_gradient, known, 2 * n, rng)
+            if n > 1 or both.soft_labels is not None:
+                return _without_concealed(both, n)
+        if n > 1:
+            return _of_batch(observation, gradient, bias_gradient, known, n, rng)
         rounds = 1 + len(observation.later_updates)
         noise_std = None if known.noise_std is None else known.noise_std / rounds**0.5
         if known.label_format == "hard":
@@ -270,16 +278,18 @@ def _of_batch(
     gradient: Tensor,
     bias_gradient: Tensor | None,
     known: Told,
+    examples: int,
     rng: torch.Generator,
 ) -> Reconstruction:
+    """Soft labels and features of so many examples."""
     found = recover_soft_labels_of_batch(
         gradient,
         observation.head_weight,
-        observation.facts.batch_size,
+        examples,
         observation.head_bias,
         bias_gradient,
         nonnegative_features=observation.facts.nonnegative_features,
-        label_format=known.label_format,
+        label_format=None if known.concealed else known.label_format,
         rng=rng,
     )
     return Reconstruction(
@@ -288,6 +298,15 @@ def _of_batch(
         features=found.features if bool(found.features.isfinite().all()) else None,
         notes={"reason": found.reason},
     )
+
+
+def _without_concealed(found: Reconstruction, n: int) -> Reconstruction:
+    """The n examples whose labels are the nearest to a single class: the others' are mixed."""
+    if found.soft_labels is None:
+        return Reconstruction(found.outcome, notes=found.notes)
+    own = found.soft_labels.amax(dim=1).topk(n).indices
+    features = None if found.features is None else found.features[own]
+    return Reconstruction(found.outcome, found.soft_labels[own], features, notes=found.notes)
 
 
 def _reconstruction(found: SoftLabelSolution, factor: float = 1.0) -> Reconstruction:

@@ -83,6 +83,17 @@ def test_what_stops_the_plain_attack_falls_to_this_one(spec):
     assert rate(ADAPTIVE, cases) > 0.8
 
 
+def test_concealed_examples_are_found_and_told_from_the_private_ones():
+    """Its gradient is that of two examples: one is private and hard, the other's label is mixed."""
+    cases = observations("dcs(iterations=30)", count=2)
+    assert rate(ADAPTIVE, cases) == 1
+    for private, _, seen in cases:
+        found = ADAPTIVE.run(seen, seeded())
+        assert found.outcome is Outcome.OK
+        true = seen.model[:-1](private.images)
+        assert torch.nn.functional.cosine_similarity(found.features, true) > 0.9999
+
+
 def test_rounds_on_the_same_batch_wear_noise_off():
     """The mean of M updates has the noise of one over √M."""
     spec = "mixup(low=0.2, high=0.8)+gradient_noise(std=0.03)"
