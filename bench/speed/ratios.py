@@ -148,11 +148,13 @@ def passes(sent: Gradients, repeats: int) -> tuple[float, float]:
 
 
 def table(rows: list[dict[str, object]]) -> pd.DataFrame:
-    """A line for each net and K: medians, ratios to the exact search, labels within .01, wrong answers."""
+    """A line for each net, and one of all: medians, ratios to the exact search, labels within .01, wrong."""
     frame = pd.DataFrame(rows)
     by = ["classes", "width", "net"]
+    groups = list(frame.groupby(by, sort=False))
+    groups.append(((frame.classes.iloc[0], "", "all of these"), frame))
     lines = []
-    for key, group in frame.groupby(by, sort=False):
+    for key, group in groups:
         line: dict[str, object] = dict(zip(by, key, strict=True))
         searches = list(dict.fromkeys(group.search))
         of = {name: group[group.search == name] for name in searches}
