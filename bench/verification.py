@@ -9,10 +9,12 @@ same cells are run on fresh, privately changed examples, which nobody can have l
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import math
 import random
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,9 +105,9 @@ def read(path: Path) -> Submission:
 
 
 def _manifest(path: Path) -> Manifest:
-    if not path.is_file() or path.suffix != ".jsonl":
+    if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{path} holds no records; give the rN.jsonl that `leakbench submit` wrote")
-    beside = path.with_suffix(".json")
+    beside = path.with_name(f"{path.name.partition('.')[0]}.json")
     if not beside.is_file():
         raise UserError(f"{beside} is missing: the manifest that `leakbench submit` wrote beside the records")
     try:
@@ -123,10 +125,22 @@ def _manifest(path: Path) -> Manifest:
     return manifest
 
 
+def _content(path: Path) -> bytes:
+    """The records' lines, unpacked.
+
+    Raises:
+        UserError: they can't be.
+    """
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} can't be unpacked: {error}") from None
+
+
 def _no_duplicates(path: Path) -> None:
     """Raises a UserError where a trial is there twice; `record.read` would keep the last."""
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(_content(path).split(b"\n"), start=1):
         try:
             trial = json.loads(line).get("trial") if line.strip() else None
         except (ValueError, AttributeError, RecursionError):
@@ -227,8 +241,7 @@ def check_rows(submitted: Submission, mine: Submitted, plan: Plan, chunks: Seque
             f"{path} lacks {len(missing)} of {len(expected)} trials; the first: "
             f"{_where(vars(missing[0]))}; submit again"
         )
-    content = submitted.path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != submitted.manifest.records_sha256:
+    if hashlib.sha256(_content(path)).hexdigest() != submitted.manifest.records_sha256:
         raise UserError(f"{path} was edited: its SHA-256 is not the manifest's")
 
 

@@ -148,6 +148,7 @@ def leaderboard(runs: Sequence[Run], track: str) -> pd.DataFrame:
     begun = _cells(scored, asked, shown)
     board = pd.DataFrame([*rows_of(begun), *_not_begun(begun, asked, runs)], columns=begun.columns)
     board[_numeric(shown)] = board[_numeric(shown)].astype("float64")
+    board["protocol_version"] = board["protocol_version"].astype("Int64")  # none where nothing has begun
     ranked = _with_ranks(board, scored, shown)
     return _sorted(ranked, list(asked), shown)[_columns(shown)].reset_index(drop=True)
 
@@ -168,7 +169,7 @@ def _columns(track: Track) -> list[str]:
     bounded = {"success", track.ranks_by}
     means = [[m, f"{m}_low", f"{m}_high"] if m in bounded else [m] for m in METRICS]
     others = [column for column in SCENARIO if column != "defense"]
-    scenario = ["attack", "defense", *others, "knowledge", "grid", "scenario"]
+    scenario = ["attack", "defense", *others, "knowledge", "grid", "scenario", "protocol_version"]
     return ["rank", *scenario, "n", "expected", "failed", *itertools.chain(*means), "skipped"]
 
 
@@ -311,7 +312,9 @@ def _cells(scored: pd.DataFrame, asked: dict[Cell, int], track: Track) -> pd.Dat
     """One row for each cell that has begun, without its rank; `complete` says whether it may have one."""
     counted = scored[scored["outcome"] != "skipped"]
     by_cell, every = counted.groupby("cell"), scored.groupby("cell")
-    board = scored.drop_duplicates("cell").set_index("cell")[[*_CELL, "weight_seed", "scenario"]]
+    board = scored.drop_duplicates("cell").set_index("cell")[
+        [*_CELL, "weight_seed", "scenario", "protocol_version"]
+    ]
     board["n"] = by_cell.size().reindex(board.index, fill_value=0)
     board["failed"] = every["outcome"].agg(lambda outcomes: outcomes.isin(FAILED).sum())
     names = zip(board["grid"], board["scenario"], board["attack"], board["knowledge"], strict=True)

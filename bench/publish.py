@@ -1,0 +1,107 @@
+"""Rendered leaderboards from committed records, the same bytes every time: `python -m bench.publish`.
+
+`results/records/GRID/ATTACK/rN.jsonl` (as `leakbench submit` writes it) is sorted and gzipped beside its
+manifest, and `results/leaderboards/GRID-TRACK.md` and `.csv` are written from all that is there. What papers
+say of themselves is in `results/reported.csv`, and never on a board.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.errors import UserError
+from bench.registry import ROOT
+from bench.report import leaderboard as boards
+from bench.report import record, tables
+from bench.report.record import Run
+
+
+def publish(results: Path) -> list[Path]:
+    """Writes all boards; returns their files. Boards of records that are gone go, too.
+
+    Raises:
+        UserError: a file holds no records.
+    """
+    for path in sorted((results / "records").glob("*/*/r*.jsonl")):
+        pack(path)
+    folder = results / "leaderboards"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for grid in sorted(path for path in (results / "records").glob("*") if path.is_dir()):
+        runs = [record.read(path) for path in record.files(grid)]
+        for track in boards.tracks(runs):
+            board = boards.leaderboard(runs, track)
+            markdown = _head(grid.name, track, runs) + tables.render(board, track, "md")
+            for suffix, content in ((".md", markdown), (".csv", tables.render(board, track, "csv"))):
+                path = folder / f"{grid.name}-{track}{suffix}"
+                path.write_text(content, encoding="utf-8")
+                written.append(path)
+    for path in {*folder.glob("*.md"), *folder.glob("*.csv")} - set(written):
+        path.unlink()
+    return written
+
+
+def pack(path: Path) -> Path:
+    """Replaces plain records by a gzip file of the same lines, headers first, rows by scenario and sample."""
+    ran = record.read(path)
+    if ran.damaged:
+        raise UserError(
+            f"{path}, line {ran.damaged[0]} is not as it was written: `leakbench verify` says more"
+        )
+    heads: list[bytes] = []
+    rows: list[tuple[tuple[int, int], bytes]] = []
+    places = {scenario: at for header in ran.headers for at, scenario in enumerate(header.scenarios)}
+    for line in path.read_bytes().splitlines(keepends=True):
+        entry = json.loads(line)
+        if "cells" in entry:
+            heads.append(line)
+        else:
+            rows.append(((places[entry["scenario"]], entry["sample"]), line))
+    packed = path.with_name(f"{path.name}.gz")
+    content = b"".join([*heads, *(line for _, line in sorted(rows))])
+    packed.write_bytes(gzip.compress(content, compresslevel=9, mtime=0))
+    path.unlink()
+    return packed
+
+
+def _head(grid: str, track: str, runs: Sequence[Run]) -> str:
+    """What all rows share, and how they were made."""
+    rows = [row for run in runs for row in run.rows]
+    shown = boards.track_named(track)
+    title = next((header.title for run in runs for header in run.headers if header.title), "")
+
+    def values(column: str) -> str:
+        return ", ".join(sorted({str(row[column]) for row in rows}))
+
+    hashes = ", ".join(sorted({header.grid_hash[:12] for run in runs for header in run.headers}))
+    sentences = [
+        f"Shown: {shown.question}.",
+        "Ranks are within a scenario: 1 + how many attacks do significantly better there on the same",
+        "observations (paired tests, Holm-corrected). What an attack is told beyond update and model stands",
+        "beside its name; a skipped one is shown with its reason and counted nowhere.",
+    ]
+    provenance = [
+        f"Grid {grid} ({hashes}), protocol {values('protocol_version')}, torch {values('torch')}, on",
+        f"{values('device')}. The CSV file of the same name has every column; any trial again:",
+        f"`leakbench rerun results/records/{grid}/ATTACK/rN.jsonl.gz TRIAL`.",
+    ]
+    parts = [f"# {grid}: {track} leaderboard", title, " ".join(sentences), " ".join(provenance)]
+    return "".join(f"{part}\n\n" for part in parts if part)
+
+
+def main() -> None:
+    """Says what was written."""
+    try:
+        for path in publish(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results"):
+            print(path)
+    except UserError as error:
+        print(f"publish: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
