@@ -7,24 +7,35 @@ where it is granted. So iDLG's label, the λ label and the true label are three 
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from attacks.solvers.gradient_matching import Gradients, Objective, gradients_of
-from attacks.solvers.matching_optimisers import Descent, Function, Method, Value, Variables, descend
+from attacks.solvers.matching_objectives import Euclidean
+from attacks.solvers.matching_optimisers import (
+    LBFGS,
+    Descent,
+    Function,
+    Method,
+    Value,
+    Variables,
+    descend,
+)
 from bench import registry
 from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction, Update, grant, mask
 
 TRUTH, JOINT = "truth", "joint"
+LENGTH = frozenset({"local_steps", "local_lr"})
 
 log = logging.getLogger(__name__)
 
 
-def check(attack: object, least: dict[str, float], above: tuple[str, ...] = ()) -> None:
+def check(attack: object, least: Mapping[str, float], above: tuple[str, ...] = ()) -> None:
     """That these parameters are finite and at least so much, and those in `above` more.
 
     Raises:
@@ -48,6 +59,9 @@ class MatchingAttack(Attack):
         restarts: how many starts, each from other noise, as one stack; the lowest objective wins.
     """
 
+    needs_length: ClassVar[bool] = False
+    """Whether the gradient's length matters: FedAvg hides it where steps and rate aren't granted."""
+
     labels: str = "lambda_recovery"
     iterations: int = 1000
     restarts: int = 1
@@ -60,6 +74,7 @@ class MatchingAttack(Attack):
         # What depends on `labels` stands on the instance, before the class's own.
         truth = frozenset({"soft_labels"} if self.labels == TRUTH else ())
         uses = type(self).uses | (truth if attack is None else attack.uses)
+        uses |= LENGTH if self.needs_length else frozenset()
         object.__setattr__(self, "uses", uses)
         object.__setattr__(self, "produces", type(self).produces - truth)
 
@@ -77,6 +92,8 @@ class MatchingAttack(Attack):
         """Needs what its labels need."""
         if self.labels == TRUTH and "soft_labels" not in facts.granted:
             return "needs the true labels: grant knowledge = ['soft_labels']"
+        if self.needs_length and facts.protocol.startswith("fedavg") and not facts.granted >= LENGTH:
+            return "needs the gradient's length: grant knowledge = ['local_steps', 'local_lr']"
         attack = self._label_attack
         reason = None if attack is None else attack.skip(facts)
         return None if reason is None else f"labels={self.labels!r}: {reason}"
@@ -115,11 +132,9 @@ class MatchingAttack(Attack):
         gradient = observed_gradient(observation)
         if not any(bool(value.any()) for value in gradient.values()):
             return Reconstruction(Outcome.UNIDENTIFIABLE, notes={"reason": "the update is zero, or not sent"})
-        given = Reconstruction(Outcome.OK)
-        if self.labels != JOINT:
-            given = self._find_labels(observation, rng)
-            if given.soft_labels is None:
-                return given
+        given = self._known(observation, rng)
+        if self._lacks(given):
+            return replace(given, features=None)
         like = observation.head_weight  # for dtype and device
         labels = None if given.soft_labels is None else given.soft_labels.to(like)
         with drawing_from(rng, like.device):
@@ -169,25 +184,61 @@ class MatchingAttack(Attack):
         if log.isEnabledFor(logging.INFO) and iteration % max(self.iterations // 10, 1) == 0:
             log.info("%s: iteration %d of %d: %.4g", self.name, iteration, self.iterations, min(totals))
 
-    def _find_labels(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
-        """Soft labels (N, K), granted or found; None with the label attack's reason where it finds none."""
-        attack = self._label_attack
-        if attack is None:
-            if observation.knowledge.soft_labels is None:
-                raise ValueError("labels='truth' needs the true labels: grant knowledge = ['soft_labels']")
-            return Reconstruction(Outcome.OK, observation.knowledge.soft_labels)
-        seen = replace(
-            observation,
-            update=mask(observation.update, observation.head, attack.reads),
-            knowledge=grant(observation.knowledge, attack.uses),
+    def _known(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        """What is known beforehand: labels (N, K), granted or found; the label attack's reason if not."""
+        if self.labels == JOINT:
+            return Reconstruction(Outcome.OK)
+        if self.labels != TRUTH:
+            return ask(self.labels, "labels", observation, rng)
+        if observation.knowledge.soft_labels is None:
+            raise ValueError("labels='truth' needs the true labels: grant knowledge = ['soft_labels']")
+        return Reconstruction(Outcome.OK, observation.knowledge.soft_labels)
+
+    def _lacks(self, given: Reconstruction) -> bool:
+        """Whether without it there is no image."""
+        return self.labels != JOINT and given.soft_labels is None
+
+
+def ask(spec: str, parameter: str, observation: Observation, rng: torch.Generator) -> Reconstruction:
+    """What another attack finds; it sees what it reads and is granted what it uses."""
+    attack = registry.attacks.make(spec)
+    seen = replace(
+        observation,
+        update=mask(observation.update, observation.head, attack.reads),
+        knowledge=grant(observation.knowledge, attack.uses),
+    )
+    found = attack.run(seen, rng)
+    notes = dict(found.notes)
+    if found.outcome is not Outcome.OK:
+        notes["reason"] = f"{parameter}={spec!r}: {notes.get('reason') or found.outcome.value}"
+    elif found.soft_labels is None and found.features is None:
+        raise TypeError(f"{parameter}={spec!r} returned no labels and said that all is well")
+    return Reconstruction(found.outcome, found.soft_labels, found.features, notes=notes)
+
+
+@dataclass(frozen=True)
+class DeepLeakage(MatchingAttack):
+    """‖∇L(x) - ∇*‖² by L-BFGS, without bounds, penalties or schedule.
+
+    Attributes:
+        line_search: `none` as published: every step is taken, at length 1; or `wolfe`, which never climbs,
+            and for that gets stuck on ReLU nets, where the objective jumps.
+    """
+
+    needs_length: ClassVar[bool] = True
+
+    line_search: Literal["none", "wolfe"] = "none"
+
+    def _objective(self, observation: Observation, gradient: Update, given: Reconstruction) -> Objective:
+        return Objective(
+            gradients(observation, gradient), Euclidean(torch.ones_like(observation.head_weight[0, 0]))
         )
-        found = attack.run(seen, rng)
-        notes, outcome = dict(found.notes), found.outcome
-        if outcome is not Outcome.OK:
-            notes["reason"] = f"labels={self.labels!r}: {notes.get('reason') or outcome.value}"
-        elif found.soft_labels is None:
-            raise TypeError(f"labels={self.labels!r} returned no labels and said that all is well")
-        return Reconstruction(outcome, found.soft_labels, found.features, notes=notes)
+
+    def _method(self) -> Method:
+        return LBFGS(memory=100, line_search=self.line_search)
+
+    def _descend(self, function: Function, start: Variables) -> Descent:
+        return descend(function, start, self._method(), self.iterations, boxed=False, watch=self._report)
 
 
 def with_labels(objective: Objective, labels: Tensor) -> Function:
@@ -235,6 +286,18 @@ def observed_gradient(observation: Observation) -> Update:
     steps, lr = observation.knowledge.local_steps, observation.knowledge.local_lr
     scale = -1.0 if steps is None or lr is None else -1 / (steps * lr)
     return {name: scale * sent for name, sent in observation.update.items()}
+
+
+def in_box(function: Function) -> Function:
+    """The function of logits whose sigmoid is the images: they can't leave [0, 1]."""
+
+    def boxed(variables: Variables) -> Value:
+        images = torch.sigmoid(variables[0])
+        value = function((images, *variables[1:]))
+        slope = value.slopes[0] * images * (1 - images)
+        return Value(value.total, value.distance, (slope, *value.slopes[1:]))
+
+    return boxed
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """What the tests of image attacks share: an observation of a given batch, and a watch on factory calls."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bench.threat import Facts, Knowledge, Observation
@@ -63,3 +66,29 @@ def is_left_as_it_was():
         return check
 
     return note
+
+
+@pytest.fixture
+def smooth_picture():
+    """(1, 3, 8, 8) in [0, 1]: a dark and a bright half, each on a slope."""
+    across, down = torch.linspace(0, 1, 8), torch.linspace(0, 1, 8)[:, None]
+    picture = 0.3 * across + 0.2 * down + 0.4 * (across > down)
+    return torch.stack([picture.roll(2 * channel, 1) for channel in range(3)])[None]
+
+
+@pytest.fixture
+def small_net():
+    def net(activation=None, batch_norm=False, seed=0):
+        """One convolution and a head of 4 classes, on (3, 8, 8)."""
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(3, 8, 3, padding=1),
+                between=nn.BatchNorm2d(8) if batch_norm else nn.Identity(),
+                activation=activation or nn.Sigmoid(),
+                flatten=nn.Flatten(),
+                head=nn.Linear(8 * 8 * 8, 4, bias=False),
+            )
+        )
+
+    return net
