@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from attacks.solvers import SoftLabelSolution, recover_soft_labels
+from attacks.solvers.one_example import has_second_direction
 from bench import registry
 from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction
 
@@ -21,6 +22,8 @@ OUTCOMES = {
     "step_limit": Outcome.STEP_LIMIT,
     "diverged": Outcome.DIVERGED,
 }
+
+SEVERAL = "beside one example's gradient there is a second direction, which is no noise"
 
 
 @registry.attacks.register
@@ -34,7 +37,7 @@ class LambdaRecovery(Attack):
 
     name: ClassVar[str] = "lambda_recovery"
     title: ClassVar[str] = "λ-recovery"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.03124"
     produces: ClassVar[frozenset[str]] = frozenset({"soft_labels", "features"})
     reads: ClassVar[str] = "head"
@@ -64,9 +67,11 @@ class LambdaRecovery(Attack):
                 known = observation.knowledge.label_format, observation.head_bias_gradient is not None
                 alike.setdefault(known, []).append(index)
         for (label_format, with_bias), indices in alike.items():
-            solution = self._solve([observations[index] for index in indices], label_format, with_bias)
+            of = [observations[index] for index in indices]
+            solution = self._solve(of, label_format, with_bias)
+            several = _of_several(of, solution)
             for place, index in enumerate(indices):
-                answers[index] = _reconstruction(solution, place)
+                answers[index] = _reconstruction(solution, place, several[place])
         return answers
 
     def _solve(
@@ -85,14 +90,25 @@ class LambdaRecovery(Attack):
         )
 
 
-def _reconstruction(solution: SoftLabelSolution, index: int) -> Reconstruction:
-    """One example of a stack's solution."""
+def _of_several(observations: Sequence[Observation], solution: SoftLabelSolution) -> list[bool]:
+    """Which of the gradients are not one example's of one step, whatever was found of them."""
+    gradients = [one.head_weight_gradient for one in observations]
+    assert solution.features is not None
+    stack = torch.stack([gradient for gradient in gradients if gradient is not None])
+    with torch.no_grad():
+        return has_second_direction(stack, solution.features.nan_to_num(0.0, 0.0, 0.0)).tolist()
+
+
+def _reconstruction(solution: SoftLabelSolution, index: int, of_several: bool) -> Reconstruction:
+    """One example of a stack's solution; nothing is certain where more than one had a part."""
     assert solution.soft_labels is not None
     assert solution.features is not None
     soft_labels, features = solution.soft_labels[index][None], solution.features[index][None]
-    outcome = OUTCOMES[solution.outcome[index]]
+    outcome, reason = OUTCOMES[solution.outcome[index]], solution.reason[index]
+    if of_several and outcome is Outcome.OK:
+        outcome, reason = Outcome.UNIDENTIFIABLE, SEVERAL
     notes: dict[str, float | str] = {
-        "reason": solution.reason[index],
+        "reason": reason,
         "label_format": solution.label_format[index],
         "format_confidence": float(solution.format_confidence[index]),
         "lam": float(solution.lam[index]),

@@ -173,3 +173,14 @@ def test_factories_name_their_device(example, seeded, strict_devices, search, bi
     seen, _, _ = example("smoothing", bias=bias, granted="smoothing")
     with strict_devices:
         LambdaRecovery(search=search).run(seen, seeded())
+
+
+@pytest.mark.parametrize(("bias", "share"), [(False, 0.3), (True, 0.3), (True, 0.01)])
+def test_a_second_example_is_not_taken_for_noise(example, seeded, bias, share):
+    """DCS conceals one beside the private one, FedAvg takes several steps: λ is neither's."""
+    (first, _, _), (second, _, _) = (example("hard", bias=bias, seed=seed) for seed in (0, 1))
+    both = {name: value + share * second.update[name] for name, value in first.update.items()}
+    found = LambdaRecovery().run(replace(first, update=both), seeded())
+    assert found.outcome is Outcome.UNIDENTIFIABLE
+    if share == 0.01:  # else no label is sharp to begin with
+        assert "second direction" in found.notes["reason"]
