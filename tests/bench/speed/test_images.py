@@ -2,7 +2,6 @@
 
 import pandas as pd
 import pytest
-import torch
 
 from bench.speed import images
 from bench.torchvision_ops import ensure_importable
