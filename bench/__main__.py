@@ -444,7 +444,15 @@ def _exit_if_unfinished(rows: Iterable[dict[str, Any]]) -> None:
 def _read(folders: Sequence[Path]) -> list[Run]:
     from bench.report import record
 
-    return [record.read(folder) for folder in folders]
+    recorded = [record.read(folder) for folder in folders]
+    for folder, one in zip(folders, recorded, strict=True):
+        if one.damaged:
+            print(
+                f"leakbench: {folder}, line {one.damaged[0]} is not as it was written "
+                f"({len(one.damaged)} such): see leakbench check {folder}",
+                file=sys.stderr,
+            )
+    return recorded
 
 
 def _show(recorded: Sequence[Run], tracks: Sequence[str], format: str) -> None:

@@ -131,12 +131,20 @@ class DaskEngine:
         self._count, self._counted = 0, -math.inf
 
     def __enter__(self) -> DaskEngine:
+        try:
+            self._connect()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def _connect(self) -> None:
         self._stack.enter_context(dask.config.set(SETTINGS))
         for name in ("distributed", "distributed.nanny", "distributed.worker", "distributed.scheduler"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self._address is None:
             self._client = self._stack.enter_context(Client(self._stack.enter_context(self._local())))
-            return self
+            return
         try:
             self._client = self._stack.enter_context(Client(self._address, timeout="10s"))
         except (OSError, ValueError) as error:
@@ -146,7 +154,6 @@ class DaskEngine:
                 f"the scheduler at {self._address} has no workers; "
                 f"start some with: dask worker {self._address} --nthreads 1"
             )
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -159,7 +166,7 @@ class DaskEngine:
             threads_per_worker=1,
             processes=True,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any port: several runs don't quarrel
             silence_logs=logging.CRITICAL,
             env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )

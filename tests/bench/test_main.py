@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from bench.report import record
@@ -190,6 +191,38 @@ def test_status_counts_outcomes(leakbench, finished):
     assert re.search(r"70  ok\n +10  skipped", out)
 
 
+def test_status_says_whether_anybody_writes(leakbench, finished):
+    assert "running" not in leakbench("status", finished)[1]
+    lines = (finished / record.FILE).read_bytes().splitlines(keepends=True)
+    (finished / record.FILE).write_bytes(b"".join(lines[:50]))
+    _, out, _ = leakbench("status", finished)
+    assert out.startswith("small: 49 of 80 trials\n")
+    assert out.endswith("not running: the same `leakbench run` goes on\n")
+    with record.writing(finished):
+        (finished / ".progress").write_text(" 61 %  49 of 80 trials  3/s")
+        assert leakbench("status", finished)[1].endswith("running:  61 %  49 of 80 trials  3/s\n")
+
+
+def test_check_says_that_a_run_is_whole_or_why_it_is_not(leakbench, finished):
+    assert leakbench("check", finished) == (0, "whole: 80 trials\n", "")
+    file = finished / record.FILE
+    file.write_bytes(file.read_bytes()[:-100])
+    code, out, err = leakbench("check", finished)
+    assert code == 1
+    assert out.splitlines()[0] == "line 81 is torn: the same run drops it"
+    assert re.search(r"^random_labels on mnist5k, fcn.*: sample 4 of 5 missing$", out, re.MULTILINE)
+    assert err == f"leakbench: {finished} is not whole: 2 faults\n"
+
+
+def test_a_damaged_row_is_pointed_out_beside_the_board(leakbench, finished):
+    file = finished / record.FILE
+    file.write_bytes(file.read_bytes().replace(b'"outcome": "ok"', b'"outcome": "no"', 1))
+    code, _, err = leakbench("leaderboard", finished)
+    assert code == 0
+    assert re.search(r"line \d+ is not as it was written", err)
+    assert leakbench("run", "x.toml")[0] == 1
+
+
 def test_rerun_compares_digit_by_digit(leakbench, finished):
     trial = record.read(finished).rows[-1]["trial"]
     code, out, _ = leakbench("rerun", finished, trial[:12])
@@ -233,6 +266,30 @@ def test_stopped_by_hand_the_same_command_goes_on(small, tmp_path):
     assert "Traceback" not in err
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert len(record.read(tmp_path / "out").rows) == 2 * 2 * 4 * 70
+
+
+def test_ctrl_c_twice_ends_at_once_and_leaves_no_process(small, tmp_path):
+    command = [sys.executable, "-m", "bench", "run", str(small), "--samples", "70", "--workers", "1"]
+    command += ["--out", str(tmp_path / "out")]
+    file = tmp_path / "out" / record.FILE
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if file.exists() and file.read_bytes().count(b"\n") > 100:
+            break
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(2):  # as a terminal does it: to all processes in the foreground
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+    assert record.read(tmp_path / "out").damaged == ()
 
 
 def test_a_package_of_the_same_name_in_front_is_refused(tmp_path):

@@ -11,7 +11,21 @@ from dataclasses import asdict, replace
 import pytest
 
 from bench.errors import UserError
-from bench.report.record import COLUMNS, FILE, METRICS, SCENARIO, SCHEMA, Header, Record, read, writing
+from bench.report.record import (
+    COLUMNS,
+    FILE,
+    METRICS,
+    SCENARIO,
+    SCHEMA,
+    Header,
+    Keys,
+    Record,
+    counted,
+    faults,
+    is_written,
+    read,
+    writing,
+)
 
 HEADER = Header(
     "g", "hash", "a title", {"s1 idlg": 2, "s1 lambda_recovery(search='exact')": 3}, {"s1": {"k": 1}}
@@ -184,6 +198,131 @@ def test_a_trial_that_is_there_twice_is_read_once(tmp_path):
     assert [row["trial"] for row in read(tmp_path).rows] == ["a", "b"]
 
 
+def enter(folder):
+    with writing(folder):
+        pass
+
+
+def whole(folder):
+    """A run that has all it was asked for, in lines 2 to 6."""
+    cells = [("idlg", range(2)), ("lambda_recovery(search='exact')", range(3))]
+    rows = [
+        record(f"{attack} {sample}", scenario="s1", attack=attack, sample=sample)
+        for attack, samples in cells
+        for sample in samples
+    ]
+    return write(folder, *rows)
+
+
+def test_a_whole_run_has_no_faults(tmp_path):
+    whole(tmp_path)
+    assert faults(tmp_path) == []
+
+
+def flipped(line):
+    at = line.index(b'"outcome": "x"') + len(b'"outcome": "')
+    return line[:at] + b"y" + line[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda lines: [*lines[:2], flipped(lines[2]), *lines[3:]],
+         ["line 3 is not as it was written: its checksum differs"]),
+        (lambda lines: [*lines, lines[1]], ["line 7 repeats trial idlg 0 of line 2"]),
+        (lambda lines: [*lines, lines[1][:50]], ["line 7 is torn: the same run drops it"]),
+        (lambda lines: [*lines, b"{}\n"], ["line 7 is no record of schema 1 (KeyError: 'schema')"]),
+        (lambda lines: [*lines[:1], *lines[2:]], ["idlg on scenario s1: sample 0 of 2 missing"]),
+        (lambda lines: lines[:3],
+         ["lambda_recovery(search='exact') on scenario s1: samples 0-2 of 3 missing"]),
+        (lambda lines: [lines[0].replace(b'"s1 idlg": 2', b'"s1 idlg": 1'), *lines[1:]],
+         ["line 1 is not as it was written: its checksum differs",
+          "idlg on scenario s1: nobody asked for sample 1"]),
+        (lambda lines: [*lines[:5], lines[5].split(b', "crc32"')[0] + b"}\n"], ["line 6 has no checksum"]),
+        (lambda lines: [*lines, b"\0" * 512], ["line 7 is torn: the same run drops it"]),
+    ],
+)  # fmt: skip
+def test_every_fault_is_a_line(tmp_path, spoil, found):
+    path = whole(tmp_path)
+    path.write_bytes(b"".join(spoil(lines_of(path))))
+    assert faults(tmp_path) == found
+
+
+@pytest.mark.parametrize("bit", [3, 40, 77, 300, 800])
+def test_any_bit_that_flips_in_a_row_is_found_and_nothing_is_built_on_it(tmp_path, bit):
+    path = whole(tmp_path)
+    lines = lines_of(path)
+    spoilt = bytearray(lines[3])
+    spoilt[bit] ^= 4
+    path.write_bytes(b"".join([*lines[:3], bytes(spoilt), *lines[4:]]))
+    assert any(fault.startswith("line 4 is no") for fault in faults(tmp_path))
+    assert f"{path}, line 4 is no" in refusal(enter, tmp_path)
+
+
+def test_a_damaged_row_is_read_but_named(tmp_path):
+    path = whole(tmp_path)
+    lines = lines_of(path)
+    path.write_bytes(b"".join([*lines[:2], flipped(lines[2]), *lines[3:]]))
+    assert read(tmp_path).damaged == (3,)
+
+
+def test_a_row_without_a_checksum_is_read_and_counts_as_done(tmp_path):
+    path = write(tmp_path, record("a"))
+    path.write_bytes(path.read_bytes() + json.dumps(asdict(record("b"))).encode() + b"\n")
+    assert read(tmp_path).damaged == ()
+    with writing(tmp_path) as writer:
+        assert writer.done.having(["a", "b", "c"]) == [True, True, False]
+
+
+def test_keys_tell_what_is_there():
+    keys = Keys(f"{number:024x}" for number in range(0, 1000, 2))
+    assert len(keys) == 500
+    assert keys.having([f"{number:024x}" for number in range(-1, 1001)]) == [
+        number % 2 == 0 and 0 <= number < 1000 for number in range(-1, 1001)
+    ]
+    assert Keys().having(["a"]) == [False]
+    assert keys.having([]) == []
+
+
+def test_what_is_done_takes_twelve_bytes_a_trial():
+    assert Keys(map(str, range(1000)))._sorted.nbytes == 12_000
+
+
+def test_a_run_is_counted_without_being_kept(tmp_path):
+    write(tmp_path, record("a"), record("b", outcome="ok"))
+    count = counted(tmp_path)
+    assert (count.grid, count.wanted, count.outcomes) == ("g", 5, {"x": 1, "ok": 1})
+
+
+def test_who_writes_is_seen_from_outside(tmp_path):
+    assert not is_written(tmp_path)
+    with writing(tmp_path):
+        assert is_written(tmp_path)
+    assert not is_written(tmp_path)
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines_and_the_run_goes_on(tmp_path):
+    """A real limit, of the file's size: what didn't fit is cut off again."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from dataclasses import replace\n"
+        "sys.path.insert(0, sys.argv[2]); from test_record import HEADER, record, write, writing\n"
+        "write(Path(sys.argv[1]), record('a'))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "try:\n  write(Path(sys.argv[1]), *(record(str(n)) for n in range(20)))\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    folder = os.path.dirname(__file__)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), folder], capture_output=True, text=True
+    )
+    assert ended.stdout.startswith(f"UserError {tmp_path} can't be written: File too large")
+    assert read(tmp_path).keys == {"a"}
+    assert (tmp_path / FILE).read_bytes().endswith(b"\n")
+    write(tmp_path, record("b"))
+    assert read(tmp_path).keys == {"a", "b"}
+
+
 def test_rows_without_a_header_are_refused(tmp_path):
     path = write(tmp_path, record("a"))
     path.write_bytes(lines_of(path)[1])
@@ -193,11 +332,6 @@ def test_rows_without_a_header_are_refused(tmp_path):
 def test_an_empty_folder_is_one_line(tmp_path):
     assert f"holds no {FILE}" in refusal(read, tmp_path)
     assert f"holds no {FILE}" in refusal(read, tmp_path / "nowhere")
-
-
-def enter(folder):
-    with writing(folder):
-        pass
 
 
 def test_a_second_writer_is_refused_in_one_line(tmp_path):
