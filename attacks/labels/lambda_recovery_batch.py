@@ -33,6 +33,7 @@ class LambdaRecoveryBatch(Attack):
 
     name: ClassVar[str] = "lambda_recovery_batch"
     title: ClassVar[str] = "λ-recovery of batches"
+    revision: ClassVar[int] = 2
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.03124"
     produces: ClassVar[frozenset[str]] = frozenset({"soft_labels", "features"})
     reads: ClassVar[str] = "head"

@@ -3,8 +3,9 @@
 ∇W = (1/n) (P - Y)ᵀ X has rank n and leaves an n × n matrix open: where one example has one scalar λ, a batch
 has a vector of them once its directions are told apart. Three routes lead there, each tried where the one
 before ends: exact zeros of the features (`batch_zeros`), then one λ an example; labels of few numbers, one
-example at a time (`batch_search`), started from what the zeros told; and the λ solver for the last one. All
-examples are then fitted together (`batch_polish`), and ∇W is rebuilt: what doesn't rebuild it is no answer.
+example at a time (`batch_search`), along the few directions that zeros told first; and the λ solver for the
+last one. All examples are then fitted together (`batch_polish`), and ∇W is rebuilt: what doesn't rebuild it
+is no answer.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _RANK_ROUNDING = 1e-14  # and, as a share of the greatest, out of rounding
 _REDUCED_CHI2 = 25.0
 _REBUILT = 1e-4  # the relative residual that rounding may leave, at most
 _ERRORS = 3.0
+_SAME_DIRECTION = 1 - 1e-6
 _TOLERANCES = (1e-7, 1e-5, 1e-3)  # what passes for equal in labels that were found to different precision
 _AMBIGUOUS = {SENTENCES[Reason.SEVERAL], SENTENCES[Reason.ONE_TELLER]}  # what no fit would show
 _SPIKES = {"hard": (1,), "smoothing": (1,), "mixup": (1, 2), "smoothed_mixup": (1, 2)}
@@ -284,17 +286,13 @@ def _judge(
         outcome = UNIDENTIFIABLE if found.doubt else STEP_LIMIT
         return _partial(found, factors, weight, n, outcome, reason, by_zeros)
     all_zeros = by_zeros == n
-    zeros = (
-        rays.zeros
-        if all_zeros
-        else torch.zeros(n, factors.right.shape[1], dtype=torch.bool, device=weight.device)
-    )
     m, y = found.coordinates, found.soft_labels
+    zeros = _zeros_of(m, rays)
     blur = n * factors.noise * torch.linalg.vector_norm(torch.linalg.inv(m), dim=0)  # of an entry of u
     fitted, structure = None, None
     for tolerance in _TOLERANCES:
         structure = label_structure(y, (6 * blur).clamp_min(tolerance))
-        if _too_free(structure, head, all_zeros):
+        if _too_free(structure, head, zeros):
             continue
         fitted = fit_batch(factors, head, m, structure, zeros)
         if fitted.reduced_chi2 < _REDUCED_CHI2:
@@ -316,7 +314,7 @@ def _judge(
     # An answer that holds only because the shared value was taken for zero is none.
     freed = structure._replace(floors=torch.full_like(structure.floors, may_share))
     label_std = fitted.label_std
-    if not _too_free(freed, head, all_zeros):
+    if not _too_free(freed, head, zeros):
         label_std = fit_batch(factors, head, fitted.coordinates, freed, zeros).label_std
     if found.doubt and all_zeros:
         outcome, reason = UNIDENTIFIABLE, found.doubt
@@ -345,7 +343,15 @@ def _judge(
     )
 
 
-def _too_free(structure: Structure, head: Head, all_zeros: bool) -> bool:
+def _zeros_of(m: Tensor, rays: Rays) -> Tensor:
+    """At which features each example (n, n) is zero, (n, D): none where no ray is its direction."""
+    unit = m / torch.linalg.vector_norm(m, dim=1, keepdim=True)
+    same = unit @ rays.directions.T > _SAME_DIRECTION  # (n, L)
+    found: Tensor = (same[..., None] & rays.zeros).any(dim=1)
+    return found
+
+
+def _too_free(structure: Structure, head: Head, zeros: Tensor) -> bool:
     """Whether some label, or all together, would fit whatever they are.
 
     Where directions are known each example stands alone: all entries of y but its free ones tell t.
@@ -353,7 +359,8 @@ def _too_free(structure: Structure, head: Head, all_zeros: bool) -> bool:
     n, num_classes = len(structure.floors), len(head.bias)
     numbers = structure.spikes.sum(dim=1) + structure.floors
     alone = num_classes - numbers - 1 + head.has_constant
-    together = num_classes * n + n * head.has_constant + all_zeros * n * (n - 1) - n * n - numbers.sum()
+    told = zeros.any(dim=1).sum() * (n - 1)
+    together = num_classes * n + n * head.has_constant + told - n * n - numbers.sum()
     return bool((alone < 1).any()) or bool(together < 1)
 
 

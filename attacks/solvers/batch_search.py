@@ -8,10 +8,15 @@ linear in a few numbers; projected out together with the span, they leave
 
 K - n - (numbers of the label) + 1 equations in n unknowns; a bias gradient adds one, as a feature that is one
 for every example. What is found is taken off ∇W, whose rank falls by one, and the rest is searched again.
+
+Examples a ≠ b of one batch satisfy m_aᵀ Σ⁻¹ c_b = 0 as well. A direction that zeros told leaves one unknown,
+the length, and each other known direction takes one off the span of u_b. Where equations and unknowns are as
+many, false roots appear beside the true ones, which are the ones that agree with each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -23,6 +28,7 @@ from attacks.solvers.batch_zeros import Factors
 _MEMORY = 2**24  # numbers in a work array
 _STARTS = 768
 _ROUNDS = ((8, 0.35), (12, 0.35), (30, 1.0))  # iterations, and the share of starts that goes on
+_ROUNDS_ALONG = ((3, 0.2), (6, 0.3), (20, 1.0))  # of one unknown
 _CLASSES = 128
 _PAIRED = 24
 _DAMPING = (1e-14, 1e8)
@@ -31,6 +37,8 @@ _UNIT = 1e-3  # |mᵀ Σ⁻¹ c / n - 1| of a root
 _FOUND_BEFORE = 1e-10  # relative error that earlier finds leave in the rest; the common fit takes it out
 _SURE = 1e3  # how far u stands out of its noise: at u = 0 all equations hold
 _SAME = 1e-4
+_AGREE = 1e-4  # |m_aᵀ Σ⁻¹ c_b| / n of two examples of one batch
+_LENGTHS = (0.1, 0.4, 1.0, 2.5, 8.0)  # starts along a known direction, over the length at small logits
 
 
 class Head(NamedTuple):
@@ -65,10 +73,15 @@ class Example(NamedTuple):
 class Equations(NamedTuple):
     """One linear system a start: R starts over the r examples that are left."""
 
-    span: Tensor  # (H, K, r + numbers) orthonormal: the left vectors and the label's classes
+    span: Tensor  # (H, K, w + numbers) orthonormal: the left vectors, or w of them, and the label's classes
     into_left: Tensor  # (H, r, K) c = into_left p
     dual: Tensor  # (H, r) Σ⁻¹c at x = 0, were the label's floor zero
     which: Tensor  # (R,) the hypothesis of each start
+    frame: Tensor  # (R, r, q) orthonormal: m = frame z
+
+    def kept(self, keep: Tensor) -> Equations:
+        """Those of some starts."""
+        return self._replace(which=self.which[keep], frame=self.frame[keep])
 
 
 def leverage(factors: Factors) -> Tensor:
@@ -85,29 +98,34 @@ def hypotheses(factors: Factors, spikes: int, floor: bool) -> list[Hypothesis]:
     return [Hypothesis(pair, floor) for pair in combinations(order[: min(_PAIRED, most)], spikes)]
 
 
-def degrees(factors: Factors, head: Head, hypothesis: Hypothesis) -> int:
-    """Equations less unknowns."""
-    left = len(factors.values)
-    return len(head.bias) - 2 * left - hypothesis.numbers + 1 + head.has_constant
+def degrees(head: Head, hypothesis: Hypothesis, span: int, unknowns: int) -> int:
+    """Equations less unknowns, u in a span of so many dimensions."""
+    return len(head.bias) - span - hypothesis.numbers + 1 + head.has_constant - unknowns
 
 
-def equations(factors: Factors, head: Head, tried: list[Hypothesis], starts: int) -> Equations:
-    """The systems of all hypotheses, `starts` starts each."""
+def equations(
+    factors: Factors, head: Head, tried: list[Hypothesis], inside: Tensor, starts: int
+) -> Equations:
+    """The systems of all hypotheses, `starts` starts each; c lies inside of (r, w) orthonormal."""
     num_classes, left = factors.left.shape
+    within = inside.shape[1]
+    own = (factors.left @ inside).expand(len(tried), -1, -1)
     make: dict[str, Any] = {"dtype": factors.left.dtype, "device": factors.left.device}
     classes = torch.tensor([h.spikes for h in tried], device=factors.left.device)  # (H, k)
     label = torch.nn.functional.one_hot(classes, num_classes).to(factors.left.dtype).transpose(1, 2)
-    flat = torch.softmax(head.bias, dim=0)
-    without_floor = torch.cat([factors.left.expand(len(tried), -1, -1), label], dim=2)
-    dual = (torch.linalg.pinv(without_floor, rtol=1e-12) @ flat)[:, :left] / factors.values
+    columns = [own, label]
     if tried[0].floor:
-        label = torch.cat([label, torch.ones(len(tried), num_classes, 1, **make)], dim=2)
-    both = torch.cat([factors.left.expand(len(tried), -1, -1), label], dim=2)
-    span, triangle = torch.linalg.qr(both)
+        columns.append(torch.ones(len(tried), num_classes, 1, **make))
+    span, triangle = torch.linalg.qr(torch.cat(columns, dim=2))
     # A class that lies in the span leaves nothing to tell its mass by: the pseudo-inverse stays finite.
-    into_left = (torch.linalg.pinv(triangle, rtol=1e-12) @ span.transpose(1, 2))[:, :left]
+    inverse = torch.linalg.pinv(triangle, rtol=1e-12)
+    into_left = inside @ (inverse @ span.transpose(1, 2))[:, :within]
+    some = within + label.shape[2]  # the floor's column is the last
+    inverse = torch.linalg.pinv(triangle[:, :some, :some], rtol=1e-12)
+    flat = span[..., :some].transpose(1, 2) @ torch.softmax(head.bias, dim=0)
+    dual = (inverse @ flat[..., None])[:, :within, 0] @ inside.T / factors.values
     which = torch.arange(len(tried), device=factors.left.device).repeat_interleave(starts)
-    return Equations(span, into_left, dual, which)
+    return Equations(span, into_left, dual, which, torch.eye(left, **make).expand(len(which), -1, -1))
 
 
 def draw_starts(
@@ -115,10 +133,9 @@ def draw_starts(
     head: Head,
     system: Equations,
     tried: list[Hypothesis],
-    hints: Tensor,
     rng: torch.Generator,
 ) -> Tensor:
-    """Starts (R, r): what a class's row holds beyond the others, random directions, mixtures, and hints."""
+    """Starts (R, r): what a class's row holds beyond the others, random directions, and mixtures."""
     count, left = len(system.which), len(factors.values)
     rows = factors.left * factors.values
     beyond = rows.median(dim=0).values - rows  # (K, r): an untrained net's p is nearly the same everywhere
@@ -132,31 +149,34 @@ def draw_starts(
     level = torch.tensor([0.0, 0.1, 0.4, 1.0, 3.0, 100.0], dtype=rows.dtype, device=rows.device)
     level = level[torch.arange(count, device=rows.device) % len(level)]
     way = own + level[:, None] * stray
-    if len(hints) > 0:
-        turn = torch.arange(count, device=rows.device) // 2 % len(hints)
-        way = torch.where((torch.arange(count, device=rows.device) % 2 > 0)[:, None], hints[turn], way)
     if head.nonnegative:
         way = way * torch.where((way @ factors.right).sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
     way = way / torch.linalg.vector_norm(way, dim=1, keepdim=True)
-    # The length at which mᵀ Σ⁻¹ c = n, were p what it is at x = 0; up to a factor.
-    dual = system.dual[system.which]
-    along = (way * dual).sum(dim=1)
-    shortest = 0.05 * dual.square().sum(dim=1).sqrt()
-    length = head.batch_size / torch.maximum(along.abs(), shortest)
     spread = torch.exp(torch.rand(count, **draw).to(rows.device) - 0.5)
-    found: Tensor = way * (length * spread)[:, None]
+    found: Tensor = way * (typical_length(head, system, way) * spread)[:, None]
     return found
 
 
+def typical_length(head: Head, system: Equations, way: Tensor) -> Tensor:
+    """How far along (R, r) mᵀ Σ⁻¹ c = n, were p what it is at x = 0: (R,)."""
+    dual = system.dual[system.which]
+    along = (way * dual).sum(dim=1)
+    shortest = 0.05 * dual.square().sum(dim=1).sqrt()
+    return head.batch_size / torch.maximum(along.abs(), shortest)
+
+
 def minimise(
-    factors: Factors, head: Head, system: Equations, m: Tensor, iterations: int
+    factors: Factors, head: Head, system: Equations, z: Tensor, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """Levenberg-Marquardt from all starts at once: m (R, r) and the sum of squares (R,)."""
+    """Levenberg-Marquardt from all starts at once: z (R, q) and the sum of squares (R,)."""
+    frame = system.frame
     logits_of = head.weight @ factors.right.T  # (K, r)
+    ways = logits_of @ frame  # (R, K, q)
     span, into_left = system.span[system.which], system.into_left[system.which]
     constant = factors.right[:, -1]
 
-    def residuals(m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def residuals(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        m = (frame @ z[..., None])[..., 0]
         p = torch.softmax(m @ logits_of.T + head.bias, dim=1)
         off = p - (span @ (span.transpose(1, 2) @ p[..., None]))[..., 0]
         c = (into_left @ p[..., None])[..., 0]
@@ -165,20 +185,21 @@ def minimise(
             rest.append((m @ constant)[:, None] - 1)
         # m runs off to a saturated softmax, where p - y vanishes with all equations, unless that costs.
         weight = torch.sqrt(1 + m.square().sum(dim=1, keepdim=True) / length2)
-        return p, c, weight, torch.cat([weight * off, *rest], dim=1)
+        return m, p, c, weight, torch.cat([weight * off, *rest], dim=1)
 
-    length2 = m.square().sum(dim=1, keepdim=True).clamp_min(1e-300)
-    p, c, weight, r = residuals(m)
-    cost, damping = r.square().sum(dim=1), torch.full_like(m[:, 0], 1e-2)
+    length2 = z.square().sum(dim=1, keepdim=True).clamp_min(1e-300)
+    m, p, c, weight, r = residuals(z)
+    cost, damping = r.square().sum(dim=1), torch.full_like(z[:, 0], 1e-2)
     for _ in range(iterations):
-        slope = p[:, :, None] * (logits_of - (p @ logits_of)[:, None])  # (R, K, r)
+        slope = p[:, :, None] * (ways - p[:, None] @ ways)  # (R, K, q)
         slope_c = into_left @ slope
         rows = [weight[..., None] * (slope - span @ (span.transpose(1, 2) @ slope))]
         rows.append(
-            ((c / factors.values)[:, None] + (m / factors.values)[:, None] @ slope_c) / head.batch_size
+            ((c / factors.values)[:, None] @ frame + (m / factors.values)[:, None] @ slope_c)
+            / head.batch_size
         )
         if head.has_constant:
-            rows.append(constant.expand(len(m), 1, -1))
+            rows.append(constant @ frame[:, None])
         jacobian = torch.cat(rows, dim=1)
         normal = jacobian.transpose(1, 2) @ jacobian
         size = normal.diagonal(dim1=1, dim2=2)
@@ -186,17 +207,19 @@ def minimise(
         damped = normal + torch.diag_embed(damping[:, None] * size)
         down = (jacobian.transpose(1, 2) @ r[..., None])[..., 0]
         step, info = torch.linalg.solve_ex(damped, down)
-        new_m = torch.where((info == 0)[:, None], m - step, m)
-        new_p, new_c, new_weight, new_r = residuals(new_m)
+        new_z = torch.where((info == 0)[:, None], z - step, z)
+        new_m, new_p, new_c, new_weight, new_r = residuals(new_z)
         new_cost = new_r.square().sum(dim=1)
         better = new_cost < cost
-        m, p, c, weight, r = (
+        z, m, p, c, weight, r = (
             torch.where(better[:, None], new, old)
-            for new, old in ((new_m, m), (new_p, p), (new_c, c), (new_weight, weight), (new_r, r))
+            for new, old in zip(
+                (new_z, new_m, new_p, new_c, new_weight, new_r), (z, m, p, c, weight, r), strict=True
+            )
         )
         cost = torch.where(better, new_cost, cost)
         damping = torch.where(better, damping * 0.2, damping * 5).clamp(*_DAMPING)
-    return m, cost
+    return z, cost
 
 
 def roots(factors: Factors, head: Head, system: Equations, m: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,26 +247,80 @@ def roots(factors: Factors, head: Head, system: Equations, m: Tensor) -> tuple[T
 
 
 def find(
-    factors: Factors, head: Head, tried: list[Hypothesis], hints: Tensor, rng: torch.Generator
+    factors: Factors, head: Head, tried: list[Hypothesis], rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Examples of the given labels: coordinates (F, r) and u (F, K), different from each other."""
-    num_classes, left = factors.left.shape
-    none = factors.right[:0, :left], factors.left.T[:0]
     starts = max(6, _STARTS // len(tried))
+    anywhere = torch.eye(len(factors.values), dtype=factors.left.dtype, device=factors.left.device)
+    found = []
+    for some in _portions(factors, tried, starts):
+        system = equations(factors, head, some, anywhere, starts)
+        found.append(_descend(factors, head, system, draw_starts(factors, head, system, some, rng), _ROUNDS))
+    return _different(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def find_along(
+    factors: Factors, head: Head, tried: list[Hypothesis], way: Tensor, others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The example of direction way (r,), beside those of other known directions (L, r): as `find`."""
+    inside = orthogonal_to(factors, others)
+    tried = [h for h in tried if degrees(head, h, inside.shape[1], 1) >= 1]
+    if not tried:
+        return factors.right[:0, : len(way)], factors.left.T[:0]
+    lengths = way.new_tensor(_LENGTHS)
+    found = []
+    for some in _portions(factors, tried, len(lengths)):
+        system = equations(factors, head, some, inside, len(lengths))
+        system = system._replace(frame=way[None, :, None].expand(len(system.which), -1, -1))
+        z = lengths.repeat(len(some)) * typical_length(head, system, system.frame[..., 0])
+        found.append(_descend(factors, head, system, z[:, None], _ROUNDS_ALONG))
+    return _different(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def orthogonal_to(factors: Factors, directions: Tensor) -> Tensor:
+    """Where c of an example lies, (r, r - L), beside examples of known directions (L, r)."""
+    rows = directions / factors.values
+    rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    found: Tensor = torch.linalg.svd(rows, full_matrices=True).Vh[len(rows) :].T
+    return found
+
+
+def _portions(factors: Factors, tried: list[Hypothesis], starts: int) -> Iterator[list[Hypothesis]]:
+    """As many hypotheses as fit into a work array."""
+    num_classes, left = factors.left.shape
     wide = num_classes * (3 * left + tried[0].numbers)
     at_once = max(1, _MEMORY // (starts * wide))
-    found = none
     for first in range(0, len(tried), at_once):
-        some = tried[first : first + at_once]
-        system = equations(factors, head, some, starts)
-        m = draw_starts(factors, head, system, some, hints, rng)
-        for iterations, share in _ROUNDS:
-            m, cost = minimise(factors, head, system, m, iterations)
-            keep = cost.argsort(stable=True)[: max(32, int(share * len(cost)))]
-            m, system = m[keep], system._replace(which=system.which[keep])
-        good, u = roots(factors, head, system, m)
-        found = torch.cat([found[0], m[good]]), torch.cat([found[1], u[good]])
-    return _different(*found)
+        yield tried[first : first + at_once]
+
+
+def _descend(
+    factors: Factors, head: Head, system: Equations, z: Tensor, rounds: tuple[tuple[int, float], ...]
+) -> tuple[Tensor, Tensor]:
+    """The roots that the starts (R, q) lead to: (F, r) and u (F, K)."""
+    for iterations, share in rounds:
+        z, cost = minimise(factors, head, system, z, iterations)
+        keep = cost.argsort(stable=True)[: max(32, int(share * len(cost)))]
+        z, system = z[keep], system.kept(keep)
+    m = (system.frame @ z[..., None])[..., 0]
+    good, u = roots(factors, head, system, m)
+    return m[good], u[good]
+
+
+def agreeing(factors: Factors, m: Tensor, u: Tensor, batch_size: int) -> list[int]:
+    """Which of the roots (F, r), u (F, K) agree with each other as examples of one batch; at least two."""
+    if len(m) < 2:
+        return []
+    cross = ((m / factors.values) @ (u @ factors.left).T / batch_size).abs()
+    off = torch.maximum(cross, cross.T)  # 1 on the diagonal, zero for two of one batch
+    if not bool(off.amin() < _AGREE):
+        return []
+    first, second = divmod(int(off.argmin()), len(off))
+    chosen = [first, second]
+    for other in off[chosen].amax(dim=0).argsort(stable=True).tolist():
+        if bool(off[chosen, other].amax() < _AGREE):
+            chosen.append(other)
+    return chosen
 
 
 def _different(m: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,7 +354,7 @@ def search(
     head: Head,
     spikes: tuple[int, ...],
     floors: tuple[bool, ...],
-    hints: Tensor,
+    directions: Tensor,
     rng: torch.Generator,
 ) -> list[Example]:
     """As many of the n examples as are found; the simplest labels first.
@@ -287,25 +364,61 @@ def search(
         head: of the same width.
         spikes: how many classes a label may hold.
         floors: whether its other classes may share a value that isn't zero.
-        hints: (L, n) directions to start from besides: those that zeros told.
+        directions: (L, n) those that zeros told.
         rng: on the CPU.
     """
     found: list[Example] = []
     n = len(factors.values)
     kinds = sorted(((k, e) for k in spikes for e in floors), key=lambda kind: (sum(kind), kind[1]))
+    for k, floor in kinds:
+        rest, basis = deflate(factors, found, head.batch_size)
+        if len(basis) == 0:
+            break
+        ways = directions @ basis.T
+        ways = ways[torch.linalg.vector_norm(ways, dim=1) > 1 - _SAME]  # not of an example found before
+        tried = hypotheses(rest, k, floor)
+        for one, way in enumerate(ways):
+            others = torch.cat([ways[:one], ways[one + 1 :]])
+            found += _examples(*find_along(rest, head, tried, way, others), basis)[:1]
     progress = True
     while progress and len(found) < n:
-        progress = False
         rest, basis = deflate(factors, found, head.batch_size)
-        for k, floor in kinds:
-            tried = hypotheses(rest, k, floor)
-            tried = [h for h in tried if degrees(rest, head, h) >= 1]
-            if not tried:
-                continue
-            coordinates, u = find(rest, head, tried, hints @ basis.T, rng)
-            for one in range(min(len(coordinates), n - len(found))):
-                found.append(Example(coordinates[one] @ basis, u[one]))
-            if len(coordinates) > 0:
-                progress = True
-                break
+        new = _search_one_by_one(rest, head, kinds, basis, rng) or _search_together(
+            rest, head, kinds, basis, rng
+        )
+        progress = bool(new)
+        found += new[: n - len(found)]
     return found
+
+
+def _search_one_by_one(
+    rest: Factors, head: Head, kinds: list[tuple[int, bool]], basis: Tensor, rng: torch.Generator
+) -> list[Example]:
+    """Examples that one example's equations determine, of the first kind that has any."""
+    for k, floor in kinds:
+        tried = [h for h in hypotheses(rest, k, floor) if degrees(head, h, len(basis), len(basis)) >= 1]
+        if tried:
+            new = _examples(*find(rest, head, tried, rng), basis)
+            if new:
+                return new
+    return []
+
+
+def _search_together(
+    rest: Factors, head: Head, kinds: list[tuple[int, bool]], basis: Tensor, rng: torch.Generator
+) -> list[Example]:
+    """Examples whose equations alone leave false roots, told by their agreement."""
+    pools = []
+    for k, floor in kinds:
+        tried = [h for h in hypotheses(rest, k, floor) if degrees(head, h, len(basis), len(basis)) == 0]
+        if tried:
+            pools.append(find(rest, head, tried, rng))
+    if not pools:
+        return []
+    m, u = (torch.cat(parts) for parts in zip(*pools, strict=True))
+    chosen = agreeing(rest, m, u, head.batch_size)
+    return _examples(m[chosen], u[chosen], basis)
+
+
+def _examples(coordinates: Tensor, u: Tensor, basis: Tensor) -> list[Example]:
+    return [Example(m @ basis, one) for m, one in zip(coordinates, u, strict=True)]

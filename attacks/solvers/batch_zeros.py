@@ -21,6 +21,7 @@ _ZERO = 8.0  # a zero is one within so many standard deviations of its noise
 _DEPENDENT = 0.999  # leverage of a zero that alone fixes the ray
 _WALKS_AT_ONCE = 2**24  # numbers in a work array
 _REFINED_AT_ONCE = 32
+_PATIENCE = 4096  # walks without a new ray, and four times as many as the last one took
 _SAME_RAY = 1 - 1e-7
 
 
@@ -68,12 +69,13 @@ def interior_point(columns: Tensor) -> Tensor | None:
     return m / torch.linalg.vector_norm(m) if bool(((m @ columns) > 0).all()) else None
 
 
-def extreme_rays(columns: Tensor, start: Tensor, walks: int, rng: torch.Generator) -> Tensor:
+def extreme_rays(columns: Tensor, start: Tensor, known: Tensor, walks: int, rng: torch.Generator) -> Tensor:
     """Walk from the inside of {m : mᵀc ≥ 0} to extreme rays: (walks, n) of unit length.
 
     Args:
         columns: (n, D) of unit length.
         start: (n,) inside.
+        known: (L, n) rays that half of the walks turn away from.
         walks: how many.
         rng: on the CPU.
     """
@@ -83,6 +85,8 @@ def extreme_rays(columns: Tensor, start: Tensor, walks: int, rng: torch.Generato
     m = start.expand(walks, n)
     # One direction a walk, laid into each face, as towards a linear aim; fresh ones reach half as many.
     aim = torch.randn(walks, n, generator=rng, dtype=torch.float64, device="cpu").to(m.device)
+    away = torch.linalg.qr(known.T).Q
+    aim = torch.cat([aim[: walks // 2] - aim[: walks // 2] @ away @ away.T, aim[walks // 2 :]])
     for _ in range(n - 1):
         drawn = aim
         for _ in range(2):  # twice is enough for orthogonality to the rounding
@@ -143,14 +147,18 @@ def directions_from_zeros(factors: Factors, walks: int, rng: torch.Generator) ->
         return none
     found = none
     at_once = max(1, min(walks, 256, _WALKS_AT_ONCE // columns.shape[1]))
-    for _ in range(-(-walks // at_once)):
-        rays = extreme_rays(columns, start, at_once, rng)
+    tried = lately = 0
+    while tried < walks and tried < _PATIENCE + 4 * lately:
+        rays = extreme_rays(columns, start, found.directions, at_once, rng)
+        tried += at_once
         zeros = ((rays @ factors.right).abs() < zero_tolerance(factors, rays)) & live
         count = zeros.sum(dim=1)
         order = count.argsort(descending=True, stable=True)
         rays = _distinct(rays[order[count[order] >= n]], found.directions)[:_REFINED_AT_ONCE]
         if len(rays) > 0:
+            before = len(found.directions)
             found = _join(factors, found, rays, live)
+            lately = tried if len(found.directions) > before else lately
         if len(found.directions) == n:
             break
     return found

@@ -6,7 +6,8 @@ four formats an example; trained nets also get their images' own, `own`. Gradien
 dtype. A batch counts as recovered where every entry of every label is within 0.01 after matching; as wrong
 where it isn't and the solver says "ok". Each cell has `--batches` batches over three draws of the weights.
 
-Writes results/solver/batch_map.csv (a row a cell), .md and .svg; `--study` limits it to one axis.
+Writes results/solver/batch_map.csv (a row a cell), .md and .png; `--study` limits it to one axis. Cells that
+the table holds already are kept: stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bench.report.statistics import wilson
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "solver"
 FORMATS = ("hard", "smoothing", "mixup", "smoothed_mixup")
 SEEDS = 3
-IMAGES = 300
+IMAGES = 120
 CONVNET, RESNET = "convnet(width=4, bias=False)", "resnet18(bias=False)"
 SYNTHETIC = "synthetic"
 
@@ -68,7 +69,7 @@ def cells() -> Iterator[Cell]:
         for dtype in ("float64", "float32"):
             for n in (2, 4, 8, 16):
                 yield Cell("examples", model, n, 100, dtype=dtype)
-        for classes in (5, 6, 8, 10, 12, 20, 1000):
+        for classes in (6, 8, 10, 12, 20):
             for label_format in ("hard", "any"):
                 yield Cell("classes", model, 4, classes, label_format)
         for n, classes in ((4, 10), (8, 10), (8, 100)):
@@ -79,10 +80,8 @@ def cells() -> Iterator[Cell]:
     for zeros in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.95):
         for n, classes in ((4, 10), (8, 10), (8, 100)):
             yield Cell("density", SYNTHETIC, n, classes, zeros=zeros)
-    for model in (CONVNET, "fcn(depth=2, width=512, bias=False)", RESNET):
+    for model in (CONVNET, "fcn(depth=2, width=512, bias=False)"):
         for state in ("untrained", "epochs=1", "trained"):
-            if model == RESNET and state == "trained":
-                continue  # twenty epochs take hours on a CPU
             for dtype in ("float64", "float32"):
                 for n in (2, 4, 8):
                     for label_format in ("own", "any"):
@@ -159,7 +158,7 @@ def row(cell: Cell, count: int) -> dict[str, object]:
         head = _as(head, dtype)
         x, y = features.to(dtype), soft_labels.to(dtype)
         update = FedSGDClient(nn.Sequential(head)).head_updates(x[None], y[None])
-        started = time.perf_counter()
+        started = time.process_time()  # the machine may be shared
         solution = recover_soft_labels_of_batch(
             update["0.weight"][0],
             head.weight.detach(),
@@ -168,7 +167,7 @@ def row(cell: Cell, count: int) -> dict[str, object]:
             None if head.bias is None else update["0.bias"][0],
             nonnegative_features=True,
         )
-        seconds += time.perf_counter() - started
+        seconds += time.process_time() - started
         order = match(label_distances(solution.soft_labels, y))
         right = bool(success(solution.soft_labels[order], y))
         ok = solution.outcome == "ok"
@@ -180,19 +179,23 @@ def row(cell: Cell, count: int) -> dict[str, object]:
         if not ok:
             reasons[solution.reason] += 1
     low, high = wilson(recovered, count)
-    return asdict(cell) | {
-        "zeros": zeros / count,
-        "width": width,
-        "batches": count,
-        "recovered": recovered / count,
-        "low": low,
-        "high": high,
-        "said_ok": said_ok / count,
-        "wrong_ok": wrong / count,
-        "by_zeros": by_zeros / count / cell.n,
-        "seconds": seconds / count,
-        "reason": reasons.most_common(1)[0][0] if reasons else "",
-    }
+    return (
+        {"cell": str(cell)}
+        | asdict(cell)
+        | {
+            "zeros": zeros / count,
+            "width": width,
+            "batches": count,
+            "recovered": recovered / count,
+            "low": low,
+            "high": high,
+            "said_ok": said_ok / count,
+            "wrong_ok": wrong / count,
+            "by_zeros": by_zeros / count / cell.n,
+            "seconds": seconds / count,
+            "reason": reasons.most_common(1)[0][0] if reasons else "",
+        }
+    )
 
 
 def _as(head: nn.Linear, dtype: torch.dtype) -> nn.Linear:
@@ -206,8 +209,7 @@ def plot(made: pd.DataFrame, path: Path) -> None:
     """One panel an axis: the share of batches recovered."""
     import matplotlib
 
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "batch_map"
+    matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     axes_of = {
@@ -233,7 +235,7 @@ def plot(made: pd.DataFrame, path: Path) -> None:
         panel.set(xlabel=f"training state (K = 10, labels: {label_format})", ylim=(-0.05, 1.05))
         panel.legend(fontsize=5) if len(panel.lines) else None
     figure.supylabel("share of batches recovered")
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=110)
 
 
 def report(made: pd.DataFrame) -> str:
@@ -242,7 +244,8 @@ def report(made: pd.DataFrame) -> str:
         "# Batches: where soft labels are recovered\n",
         "`python -m bench.studies.batch_map`. A batch is recovered where every label is within 0.01 after "
         "matching; `wrong ok`: it isn't, though the solver says so. Format unknown, features "
-        "non-negative. `by zeros`: the share of directions that exact zeros told.\n",
+        "non-negative. `by zeros`: the share of directions that exact zeros told; `seconds`: of one "
+        "processor, a batch.\n",
     ]
     for study, group in made.groupby("study", sort=False):
         used = ["model", "state", "dataset", "n", "classes", "width", "zeros", "dtype", "label_format"]
@@ -272,22 +275,30 @@ def main() -> None:
     """Runs the study."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=6)
-    parser.add_argument("--acceptance-batches", type=int, default=30)
+    parser.add_argument("--acceptance-batches", type=int, default=24)
     parser.add_argument("--study", default="", help="only this axis")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    made: list[dict[str, object]] = []
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for cell in cells():
-        if arguments.study in ("", cell.study):
+    table = arguments.out / "batch_map.csv"
+    every = list(cells())
+    for cell in every:
+        if arguments.study in ("", cell.study) and str(cell) not in set(_read(table).get("cell", [])):
             count = arguments.acceptance_batches if cell.study == "acceptance" else arguments.batches
-            made.append(row(cell, count))
-            frame = pd.DataFrame(made)
-            frame.to_csv(arguments.out / "batch_map.csv", index=False, float_format="%.4g")
-            print(frame.tail(1).to_csv(index=False, header=False, float_format="%.3g"), end="", flush=True)
-    (arguments.out / "batch_map.md").write_text(report(frame))
-    plot(frame, arguments.out / "batch_map.svg")
+            new = pd.DataFrame([row(cell, count)])
+            print(new.to_csv(index=False, header=False, float_format="%.3g"), end="", flush=True)
+            pd.concat([_read(table), new]).to_csv(table, index=False, float_format="%.4g")
+    place = {str(cell): index for index, cell in enumerate(every)}
+    made = _read(table)
+    made = made[made.cell.isin(place)].sort_values("cell", key=lambda names: names.map(place))
+    made.to_csv(table, index=False, float_format="%.4g")
+    (arguments.out / "batch_map.md").write_text(report(made))
+    plot(made, arguments.out / "batch_map.png")
+
+
+def _read(table: Path) -> pd.DataFrame:
+    return pd.read_csv(table, keep_default_na=False) if table.exists() else pd.DataFrame()
 
 
 if __name__ == "__main__":

@@ -87,6 +87,27 @@ def test_dense_features_are_searched_one_example_at_a_time(label_format, bias):
     assert set(found.label_format) == {label_format}
 
 
+def test_examples_that_their_own_equations_leave_open_are_told_by_their_agreement():
+    """K - n - 3 + 1 equations in n unknowns, K = 10 and n = 4: as many, and nothing to check a root by."""
+    batch = Batch(4, 10, "smoothed_mixup", zeros=0.0)
+    found = batch.recover()
+    assert found.outcome == "ok"
+    assert found.by_zeros == 0
+    assert max(batch.errors(found)) < 1e-6
+
+
+def test_a_direction_that_is_known_leaves_the_length_alone():
+    """Dense examples alone could not be found, K < 2n: seven with zeros leave the eighth."""
+    batch = Batch(8, 10, "any")
+    batch.x[0] = batch.x[0].abs() + 0.1
+    u = torch.softmax(batch.x @ batch.weight.T, dim=1) - batch.y
+    batch.weight_gradient = u.T @ batch.x / 8
+    found = batch.recover()
+    assert found.outcome == "ok"
+    assert found.by_zeros == 7
+    assert max(batch.errors(found)) < 1e-6
+
+
 def test_features_of_either_sign_need_no_zeros():
     batch = Batch(3, 20, "any", zeros=0.0)
     flipped = Batch(3, 20, "any", zeros=0.0)
