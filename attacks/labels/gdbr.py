@@ -5,8 +5,9 @@ the derivative of the logits by that layer's parameters, it is mean J_xᵀ u. Th
 product is taken as the product of the means, with J̄ from images that the attacker holds. Least squares
 gives mean u, and k_i = n (p̄_i - ū_i).
 
-The paper says: track the gradient's flow between layers, derive the logits' gradient, then the counts. Its
-text was not to be had when this was written; these steps are our own reading of its abstract.
+The paper says: track the gradient's flow between layers, derive the logits' gradient, then the counts, with
+batch means and public data. No more than its abstract and summaries of it were to be had, twice, and no code:
+these steps are our own reading of them.
 """
 
 from dataclasses import dataclass

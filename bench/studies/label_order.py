@@ -1,9 +1,10 @@
 """How the label attacks compare, and what training does to them: `python -m bench.studies.label_order`.
 
-Batches of 128 with i.i.d. classes and of 32 with Dirichlet(.5) classes on untrained nets, and the latter on
-the same nets trained to accuracy 1.00 on the set that the batch is from; eight nets (weight seeds), each
-with a draw of its own. Images are those of mnist5k, or noise with labels drawn at random (which training
-learns by heart). Chance, `random_labels`, meets the same draws. Public images are from the held-out part.
+Batches of 128 with i.i.d. classes and of 32 with Dirichlet(.5) classes on untrained nets; on the same nets
+trained to accuracy 1.00, batches of 32 of either kind, from the images that they were trained on and from
+others; eight nets (weight seeds), each with a draw of its own. Images are those of mnist5k, or noise with
+labels drawn at random (which training learns by heart). Chance, `random_labels`, meets the same draws. Public
+images are from the held-out part.
 
 Writes results/labels/order.csv: one row an attack, net and draw, with the seeds and the weights' hash.
 `class_counts` is LnAcc as the boards have it (the authors of iLRG call it IRec); `class_counts_exact` is
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from bench import registry
 from bench.cases import data, models
@@ -52,18 +54,29 @@ NOISE_IMAGES, NOISE_CLASSES, NOISE_SHAPE = 1000, 10, (1, 28, 28)
 
 @dataclass(frozen=True)
 class Setting:
-    """A kind of batch on nets in one state; `alpha` of the Dirichlet classes, None for i.i.d. examples."""
+    """A kind of batch on nets in one state; `alpha` of the Dirichlet classes, None for i.i.d. examples.
+
+    `members` is the part of the data that the batch is from: `training` or `held_out`.
+    """
 
     dataset: str
     trained: bool
     batch_size: int
     alpha: float | None
+    members: str
 
 
 SETTINGS = tuple(
-    Setting(dataset, trained, batch_size, alpha)
+    Setting(dataset, trained, batch_size, alpha, members)
     for dataset in TRAINED
-    for trained, batch_size, alpha in ((False, 128, None), (False, 32, 0.5), (True, 32, 0.5))
+    for trained, batch_size, alpha, members in (
+        (False, 128, None, "training"),
+        (False, 32, 0.5, "training"),
+        (True, 32, 0.5, "training"),
+        (True, 32, None, "training"),
+        (True, 32, 0.5, "held_out"),
+        (True, 32, None, "held_out"),
+    )
 )
 
 
@@ -86,15 +99,15 @@ def noise() -> data.Dataset:
     )
 
 
-def drawn(dataset: data.Dataset, setting: Setting, rng: np.random.Generator) -> Batch:
-    """A batch from the training part: i.i.d., or with class shares from a Dirichlet distribution."""
-    pool, n = dataset.training.numpy(), setting.batch_size
+def drawn(dataset: data.Dataset, setting: Setting, rng: np.random.Generator) -> NDArray[np.int64]:
+    """The indices of a batch from one part: i.i.d., or with class shares from a Dirichlet distribution."""
+    pool, n = getattr(dataset, setting.members).numpy(), setting.batch_size
     if setting.alpha is None:
-        return dataset.batch(rng.choice(pool, n, replace=False))
+        return rng.choice(pool, n, replace=False)
     wanted = rng.multinomial(n, rng.dirichlet([setting.alpha] * dataset.num_classes))
     labels = dataset.labels.numpy()[pool]
     of_class = [rng.choice(pool[labels == c], k, replace=False) for c, k in enumerate(wanted)]
-    return dataset.batch(np.concatenate(of_class))
+    return np.concatenate(of_class)
 
 
 def attempt(
@@ -143,8 +156,9 @@ def rows(setting: Setting, dataset: data.Dataset, weight_seed: int) -> list[dict
         p = torch.cat([model(part).softmax(1) for part in dataset.pixels(training).split(256)])
     accuracy = float((p.argmax(1) == dataset.labels[training]).double().mean())
     rng = np.random.default_rng(weight_seed)
-    private = drawn(dataset, setting, rng)
-    public = dataset.batch(rng.choice(dataset.held_out.numpy(), PUBLIC, replace=False))
+    chosen = drawn(dataset, setting, rng)
+    others = np.setdiff1d(dataset.held_out.numpy(), chosen)
+    private, public = dataset.batch(chosen), dataset.batch(rng.choice(others, PUBLIC, replace=False))
     identity: dict[str, object] = {
         "dataset": setting.dataset,
         "model": wanted.model,
@@ -152,6 +166,7 @@ def rows(setting: Setting, dataset: data.Dataset, weight_seed: int) -> list[dict
         "weight_seed": weight_seed,
         "weights_sha256": models.sha256(model),
         "training_accuracy": accuracy,
+        "members": setting.members,
         "batch_size": setting.batch_size,
         "classes": "i.i.d." if setting.alpha is None else f"dirichlet({setting.alpha})",
         "draw_seed": weight_seed,
@@ -167,7 +182,7 @@ def rows(setting: Setting, dataset: data.Dataset, weight_seed: int) -> list[dict
 
 def table(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Means over nets and draws: a row a setting, a column an attack."""
-    by = ["dataset", "weights", "batch_size", "classes"]
+    by = ["dataset", "weights", "members", "batch_size", "classes"]
     means = trials.groupby([*by, "attack"], sort=False)[metric].mean().unstack("attack", sort=False)
     return means.round(3)
 
