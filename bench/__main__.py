@@ -75,6 +75,9 @@ def run(
     _show([recorded], [name for name in ("label", "image") if name in made] or made, "table")
     if planned.utilities:
         _show_defenses([recorded], [folder], "table")
+    whole = max(block.samples for block in full.blocks)
+    if samples is not None and samples < whole:
+        print(f"\nA part of {full.name}: {samples} of {whole} samples a cell; publishing needs all of them.")
     print(f"\nRecords: {folder / 'records.jsonl'} ({len(recorded.rows)} trials). Any of them again: ", end="")
     print(f"leakbench rerun {folder} TRIAL\nA page of it: leakbench report {folder}")
     _exit_if_unfinished(recorded.rows)

@@ -34,6 +34,7 @@ def test_a_run_says_its_cost_its_progress_its_boards_and_where_the_records_are(l
     assert "100 %  80 of 80 trials" in err
     assert out.startswith("Label leaderboard")
     assert "Records: runs/small/records.jsonl (80 trials)" in out
+    assert "A part of" not in out
     assert Path("runs/small/records.jsonl").exists()
 
 
@@ -156,6 +157,7 @@ def test_an_attack_from_a_file_runs_on_data_from_a_file(leakbench, small, misbeh
     code, out, _ = leakbench("run", small, "--workers", 0, "--samples", 2, "--attack", "lambda_recovery")
     assert code == 0
     assert "own.npz" in out
+    assert re.search(r"A part of small: 2 of \d+ samples a cell", out)
 
 
 def test_a_folder_of_another_grid_is_refused(leakbench, small, finished):
