@@ -62,6 +62,10 @@ def curve_of(module: nn.Module) -> Curve | None:
     return None
 
 
+MANY_MAPS = 8
+"""From so many on, whole maps are added at once; torch's own folding takes one after the other."""
+
+
 class Layer(Protocol):
     """What both passes ask of a layer; it keeps what the next pass needs."""
 
@@ -171,15 +175,19 @@ class Patches:
     def folded(self, columns: Tensor, shape: torch.Size) -> Tensor:
         """The transpose of `columns`: to maps of this shape."""
         channels, rows, images, height, width = shape
-        if rows * images == 1:
-            return F.fold(columns, (height, width), self._kernel, 1, self._padding, self._stride).view(shape)
         (down, across), (top, left) = self.outputs(shape), self._padding
+        if rows * images < MANY_MAPS:
+            each = columns.view(len(columns), rows * images, -1).transpose(0, 1)
+            maps = F.fold(each, (height, width), self._kernel, 1, self._padding, self._stride)
+            return maps.transpose(0, 1).contiguous().view(shape)
+        # Summed across first, then down: 2 k additions to whole maps, where all of a patch's take k².
         parts = columns.view(channels, *self._kernel, rows, images, down, across)
+        lines = columns.new_zeros(channels, self._kernel[0], rows, images, down, width + 2 * left)
+        for i in range(self._kernel[1]):
+            lines[..., i : i + self._stride[1] * across : self._stride[1]] += parts[:, :, i]
         padded = columns.new_zeros(channels, rows, images, height + 2 * top, width + 2 * left)
         for i in range(self._kernel[0]):
-            lines = padded[:, :, :, i : i + self._stride[0] * down : self._stride[0]]
-            for j in range(self._kernel[1]):
-                lines[..., j : j + self._stride[1] * across : self._stride[1]] += parts[:, i, j]
+            padded[:, :, :, i : i + self._stride[0] * down : self._stride[0]] += lines[:, i]
         return padded[:, :, :, top : top + height, left : left + width]
 
 

@@ -54,7 +54,7 @@ def test_it_is_double_backward_to_rounding(spec):
     agree(model, sent(model))
 
 
-@pytest.mark.parametrize(("rows", "n"), [(1, 1), (1, 3), (3, 1)])
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (1, 3), (3, 1), (4, 3)])
 def test_for_one_candidate_and_many_one_image_and_many(rows, n):
     model = models.build("lenet(activation='tanh')", SHAPE, K, seed=0).double()
     agree(model, sent(model, n), rows, n)
