@@ -42,6 +42,9 @@ PROTOCOL_VERSION = 1
 POOL = 64
 """How many other examples of its own a client holds for defenses that need a partner."""
 
+IDENTIFIED_AMONG = 64
+"""Among how many other images of its split a reconstruction has to tell its own."""
+
 AUXILIARY = 256
 """How many public examples an attacker may be granted: of the split that no attacked example is from."""
 
@@ -431,8 +434,22 @@ def observe(chunk: Chunk, context: Context) -> Observed:
         chunk.weights_sha256,
     )
     u = probabilities.double() - labels.double()
-    truths = tuple(map(Truth, released, private, features, u, formats))
+    pooled = [  # where somebody may see images
+        _pool_of_images(dataset, scenario, indices, context.device) if chunk.reads == "all" else None
+        for indices in chosen
+    ]
+    truths = tuple(
+        Truth(*truth, pool=pool)
+        for *truth, pool in zip(released, private, features, u, formats, pooled, strict=True)
+    )
     return Observed(tuple(observations), truths, architecture)
+
+
+def _pool_of_images(dataset: data.Dataset, scenario: Scenario, chosen: Tensor, device: str) -> Tensor:
+    """(P, C, H, W), the first other images of the split that is attacked."""
+    own = dataset.training if scenario.members == "training" else dataset.held_out
+    others = own[~torch.isin(own, chosen)][:IDENTIFIED_AMONG]
+    return dataset.batch(others, device).images
 
 
 @functools.lru_cache(maxsize=4)

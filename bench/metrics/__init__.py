@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from bench.metrics.features import feature_cosine, feature_distances, feature_error
-from bench.metrics.images import image_distances, lpips_available, lpips_distance, mse, psnr, ssim
+from bench.metrics.images import (
+    identified,
+    image_distances,
+    lpips_available,
+    lpips_distance,
+    mse,
+    psnr,
+    psnr_8bit,
+    ssim,
+)
 from bench.metrics.labels import (
     class_counts,
     class_counts_exact,
@@ -23,7 +32,7 @@ from bench.threat import Batch
 
 COLUMNS = (
     *("success", "label_error", "label_l1", "top1", "class_existence", "class_counts", "class_counts_exact"),
-    *("feature_error", "feature_cosine", "mse", "psnr", "ssim", "lpips"),
+    *("feature_error", "feature_cosine", "mse", "psnr", "psnr_8bit", "ssim", "lpips", "identified"),
     *("private_top1", "private_mse", "private_ssim", "private_lpips"),
 )
 """What `score` fills; `lam_error` and `format_found` need an attack's notes and are the runner's."""
@@ -37,7 +46,7 @@ FAILED: Mapping[str, Mapping[str, float | bool]] = {
         "private_top1": 0.0,
     },
     "features": {"feature_cosine": 0.0},
-    "images": {},
+    "images": {"identified": 0.0},
 }
 """The columns of something that an attack should have returned and didn't; its errors have no value."""
 IMAGE_WEIGHT = 1e-3
@@ -52,19 +61,21 @@ def score(
     private: Batch,
     true_features: Tensor | None,
     produces: frozenset[str] = frozenset(),
+    pool: Tensor | None = None,
 ) -> dict[str, float | bool | None]:
     """The metrics of one reconstruction under a record's column names; None where one doesn't apply.
 
     `soft_labels` (N, K), `features` (N, D) and `images` (N, C, H, W) are what an attack returned;
     `released` holds N examples, `true_features` (N, D) belong to it (None: not known). One matching with
     the released batch, on labels, then images (on features where there is neither), serves all metrics; a
-    private batch of another size has its own. Images are clamped to [0, 1].
+    private batch of another size has its own. Images are clamped to [0, 1]; whether they identify their
+    original is asked among `pool` (P, C, H, W), other images of its kind, where that is given.
 
     What was returned in another shape, or not at all although the attack `produces` it, has failed:
     `success` is False, shares (`top1`, `class_existence`, `class_counts`, `class_counts_exact`,
-    `private_top1`, `feature_cosine`) are 0, errors and image metrics None. So have images with any pixel that
-    is not finite; labels and features fail row by row. A metric whose value is not finite is None: the error
-    of a row with NaN, the PSNR of a batch with an exact image.
+    `private_top1`, `feature_cosine`, `identified`) are 0, errors and image metrics None. So have images with
+    any pixel that is not finite; labels and features fail row by row. A metric whose value is not finite is
+    None: the error of a row with NaN, the PSNR of a batch with an exact image.
     """
     returned = {"soft_labels": soft_labels, "features": features, "images": images}
     columns: dict[str, float | bool | None] = dict.fromkeys(COLUMNS)
@@ -92,6 +103,9 @@ def score(
         values["feature_cosine"] = feature_cosine(ordered, true_features)
     if pictures is not None:
         values |= _image_columns(_ordered(pictures, order), released.images)
+        columns["identified"] = None
+        if pool is not None:
+            values["identified"] = identified(_ordered(pictures, order), released.images, pool).mean()
     if len(private) <= len(released):  # else some private example has no prediction
         if labels is not None:
             values["private_top1"] = top1(_ordered(labels, private_order), private.soft_labels)
@@ -152,7 +166,7 @@ def label_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
 
 
 def _image_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
-    columns = {metric.__name__: metric(predicted, true).mean() for metric in (mse, psnr, ssim)}
+    columns = {metric.__name__: metric(predicted, true).mean() for metric in (mse, psnr, psnr_8bit, ssim)}
     if lpips_available():
         columns["lpips"] = lpips_distance(predicted, true).mean()
     return columns

@@ -5,7 +5,7 @@ M = trials, N = batch size, K = classes, D = width of the head's input.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ Columns = dict[str, float | bool | None]
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What an answer is measured against."""
+    """What an answer is measured against; `pool` holds images among which its own may be told."""
 
     released: Batch
     private: Batch
     features: Tensor  # (N, D)
+    pool: Tensor | None = field(default=None, kw_only=True)  # (P, C, H, W)
 
 
 def scores(
@@ -47,6 +48,7 @@ def scores(
                 private=truth.private,
                 true_features=truth.features,
                 produces=produces,
+                pool=truth.pool,
             )
     for places in alike.values():
         together = _together([answers[at] for at in places], [truths[at] for at in places], produces)

@@ -37,8 +37,10 @@ WORST = {
     "feature_cosine": 0.0,  # what a random direction gives
     "mse": 1.0,
     "psnr": 0.0,
+    "psnr_8bit": 0.0,
     "ssim": 0.0,
     "lpips": 1.0,
+    "identified": 0.0,
     "private_top1": 0.0,
     "private_mse": 1.0,
     "private_ssim": 0.0,
@@ -86,8 +88,9 @@ _TRACKS = {
     ),
     "image": Track(
         "image", "images", "psnr", "mse",
-        ("mse", "psnr", "ssim", "lpips", "private_mse", "private_ssim", "private_lpips"),
-        ("lpips", "private_mse", "private_ssim", "private_lpips"),
+        ("mse", "psnr", "psnr_8bit", "ssim", "lpips", "identified", "private_mse", "private_ssim",
+         "private_lpips"),
+        ("lpips", "identified", "private_mse", "private_ssim", "private_lpips"),
         f"how near the images are, with 95 % intervals; an exact image counts as {EXACT_PSNR:.0f} dB",
     ),
     "feature": Track(
@@ -287,6 +290,8 @@ def _scored(trials: pd.DataFrame, produced: dict[str, frozenset[str]]) -> pd.Dat
     counts = trials["outcome"] != "skipped"
     exact = trials["psnr"].isna() & (trials["mse"] == 0)
     scored["psnr"] = trials["psnr"].mask(exact, EXACT_PSNR).clip(upper=EXACT_PSNR)
+    exact_bytes = trials["psnr_8bit"].isna() & trials["mse"].notna()
+    scored["psnr_8bit"] = trials["psnr_8bit"].mask(exact_bytes, EXACT_PSNR)
     scored["success"] = trials["success"].mask(trials["outcome"].isin(FAILED) & trials["success"].notna(), 0)
     for track in _TRACKS.values():
         makes = counts & pd.Series([track.produces in produced[attack] for attack in trials["attack"]])

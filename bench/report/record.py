@@ -71,8 +71,10 @@ class Record:
     feature_cosine: float | None = None
     mse: float | None = None
     psnr: float | None = None
+    psnr_8bit: float | None = None
     ssim: float | None = None
     lpips: float | None = None
+    identified: float | None = None
     private_top1: float | None = None
     private_mse: float | None = None
     private_ssim: float | None = None
@@ -95,8 +97,9 @@ COLUMNS = tuple(column.name for column in dataclasses.fields(Record))
 
 METRICS = (
     "success", "label_error", "label_l1", "top1", "class_existence", "class_counts", "class_counts_exact",
-    "lam_error", "format_found", "feature_error", "feature_cosine", "mse", "psnr", "ssim", "lpips",
-    "private_top1", "private_mse", "private_ssim", "private_lpips",
+    "lam_error", "format_found", "feature_error", "feature_cosine", "mse", "psnr",
+    "psnr_8bit", "ssim", "lpips", "identified", "private_top1", "private_mse", "private_ssim",
+    "private_lpips",
 )  # fmt: skip
 """The columns that say how well a trial did: what `rerun` compares."""
 

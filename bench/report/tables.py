@@ -131,6 +131,7 @@ MEASURES: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
         ("SSIM", _mean("ssim", ".3f")),
         ("LPIPS", _mean("lpips", ".3f")),
         ("MSE", _mean("mse", ".1e")),
+        ("identified", _rate("identified")),
         ("labels", _rate("success")),
         ("failed", _failures),
     ],

@@ -97,6 +97,7 @@ def test_what_was_promised_and_not_returned_has_failed():
         **{"success": False, "top1": 0, "class_existence": 0, "class_counts": 0, "class_counts_exact": 0},
         "private_top1": 0,
         "feature_cosine": 0,
+        "identified": 0,
     }
 
 
@@ -112,8 +113,16 @@ def test_labels_of_another_shape_have_failed(shape):
 def test_images_and_features_of_another_shape_have_no_error():
     released = batch(2)
     found = score(None, torch.zeros(2, 4), torch.zeros(2, 1, 12, 12), released, released, features(2))
-    assert filled(found) == {"feature_cosine"}
-    assert found["feature_cosine"] == 0
+    assert filled(found) == {"feature_cosine", "identified"}
+    assert found["feature_cosine"] == found["identified"] == 0
+
+
+def test_images_are_told_among_a_pool_after_matching():
+    released, pool = batch(2), batch(4).images[2:]
+    turned = released.images.flip(0)
+    assert score(None, None, turned, released, released, None, pool=pool)["identified"] == 1
+    assert score(None, None, pool, released, released, None, pool=pool)["identified"] == 0
+    assert score(None, None, turned, released, released, None)["identified"] is None
 
 
 @pytest.mark.parametrize("n", [1, 3])
