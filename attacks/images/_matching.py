@@ -30,6 +30,9 @@ from bench import registry
 from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction, Update, grant, mask
 
 TRUTH, JOINT = "truth", "joint"
+MATCHED = 1e-10
+"""Of the squared distance at the start: about where rounding in float32 ends the search."""
+
 LENGTH = frozenset({"local_steps", "local_lr"})
 
 log = logging.getLogger(__name__)
@@ -125,7 +128,8 @@ class MatchingAttack(Attack):
     def run(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         """Images (N, C, H, W), and soft labels (N, K) unless they were granted.
 
-        `STEP_LIMIT` where the search took all its iterations or found no lower point, as the notes say;
+        `OK` where the gradient was matched to rounding (which only DLG and its like look for); `STEP_LIMIT`
+        where the search took all its iterations or found no lower point, as the notes say;
         `DIVERGED` where the objective of every start was or became not finite; `UNIDENTIFIABLE` where the
         update is zero; the label attack's own outcome where it finds no labels.
         """
@@ -238,7 +242,9 @@ class DeepLeakage(MatchingAttack):
         return LBFGS(memory=100, line_search=self.line_search)
 
     def _descend(self, function: Function, start: Variables) -> Descent:
-        return descend(function, start, self._method(), self.iterations, boxed=False, watch=self._report)
+        return descend(
+            function, start, self._method(), self.iterations, boxed=False, enough=MATCHED, watch=self._report
+        )
 
 
 def with_labels(objective: Objective, labels: Tensor) -> Function:

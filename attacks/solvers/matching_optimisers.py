@@ -317,7 +317,7 @@ def descend(
     iterations: int,
     *,
     boxed: bool,
-    enough: float = -math.inf,
+    enough: float = 0.0,
     watch: Watch | None = None,
 ) -> Descent:
     """Follows a method from a start, and keeps the best.
@@ -328,7 +328,7 @@ def descend(
         method: how to go.
         iterations: at most so many steps.
         boxed: whether the first variable is clipped to [0, 1] after every step.
-        enough: a candidate stops once its gradient is as close as this.
+        enough: a candidate stops once its gradient is as close as this share of the distance at its start.
         watch: is told of every iteration.
     """
     variables = tuple(value.detach().clone() for value in start)
@@ -338,6 +338,8 @@ def descend(
     for iteration in range(iterations + 1):
         value = function(variables)
         total, distance = torch.stack([value.total, value.distance]).tolist()
+        if iteration == 0:
+            near = [enough * value for value in distance]
         # None where it isn't finite, and none of a candidate that has stopped.
         lower = [new < old and end is None for new, old, end in zip(total, totals, ends, strict=True)]
         for row in (row for row, is_lower in enumerate(lower) if is_lower):
@@ -349,7 +351,7 @@ def descend(
         for row in (row for row, end in enumerate(ends) if end is None):
             if not math.isfinite(total[row]) and (iteration == 0 or not moves.backtracks):
                 ends[row] = "not finite"
-            elif distance[row] <= enough:
+            elif distance[row] < near[row]:
                 ends[row] = "matched"
             elif stuck[row]:
                 ends[row] = "no lower point"

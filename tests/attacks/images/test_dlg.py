@@ -68,3 +68,12 @@ def test_a_gradient_that_is_not_finite_diverges(observe, small_net, smooth_pictu
     assert found.outcome is Outcome.DIVERGED
     assert found.notes["stopped"] == "not finite"
     assert found.images is None
+
+
+def test_a_gradient_that_is_matched_ends_the_search(observe, small_net, smooth_picture):
+    observed = observe(small_net().double(), smooth_picture.double(), torch.eye(4).double()[:1])
+    found = DLG(iterations=2000, line_search="wolfe", restarts=2).run(observed, torch.Generator())
+    assert found.outcome is Outcome.OK
+    assert found.notes["stopped"] == "matched"
+    assert found.notes["iterations"] < 2000
+    assert (found.images - smooth_picture).square().mean() < 1e-6
