@@ -229,14 +229,15 @@ def _json(board: pd.DataFrame) -> str:
     return json.dumps(rows_of(board), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-_HEADS = (
+HEADS = (
     "rank", "defense", "class found", "by", "untold", "labels", "LPIPS", "SSIM", "MSE", "by", "untold MSE",
     "accuracy", "cost", "ε", "time", "kB", "notes",
 )  # fmt: skip
+"""What people see of the board."""
 
 
-def _cells(row: dict[str, Any], names: dict[str, str]) -> list[str]:
-    """A row's main columns, as `_HEADS` names them."""
+def cells_of(row: dict[str, Any], names: dict[str, str]) -> list[str]:
+    """A row's main columns, as `HEADS` names them."""
 
     def percent(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.0f}%"
@@ -264,13 +265,13 @@ def _cells(row: dict[str, Any], names: dict[str, str]) -> list[str]:
         "—" if row["rank"] is None else str(row["rank"]),
         ", ".join(protects),
         interval,
-        _attack(row["attack"], row["told"]),
+        attack_of(row["attack"], row["told"]),
         percent(row["untold_private_top1"]),
         percent(row["success"]),
         number(row["private_lpips"], ".3f"),
         number(row["private_ssim"], ".3f"),
         number(row["private_mse"], ".2g"),
-        _attack(row["image_attack"], row["image_told"]),
+        attack_of(row["image_attack"], row["image_told"]),
         number(row["untold_private_mse"], ".2g"),
         percent(row["accuracy"]),
         percent(row["accuracy_cost"]),
@@ -281,11 +282,12 @@ def _cells(row: dict[str, Any], names: dict[str, str]) -> list[str]:
     ]
 
 
-def _attack(spec: str | None, told: bool | None) -> str:
+def attack_of(spec: str | None, told: bool | None) -> str:
+    """The attack's name, and whether it was told the defense."""
     return "" if spec is None else f"{spec.partition('(')[0]}{' (told)' * bool(told)}"
 
 
-def _short_names(board: pd.DataFrame) -> dict[str, str]:
+def short_names(board: pd.DataFrame) -> dict[str, str]:
     """Each defense's spec without its defaults; as it is where its code is not at hand."""
     names = {}
     for spec in board["defense"].unique():
@@ -296,7 +298,7 @@ def _short_names(board: pd.DataFrame) -> dict[str, str]:
     return names
 
 
-def _networks(board: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
+def networks(board: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
     """(what tells it from the others, its rows) for each network."""
     varying = [column for column in NETWORK if board[column].nunique() > 1]
     found: dict[str, list[dict[str, Any]]] = {}
@@ -306,12 +308,12 @@ def _networks(board: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _markdown(board: pd.DataFrame) -> str:
-    names, lines = _short_names(board), []
-    for network, rows in _networks(board):
+    names, lines = short_names(board), []
+    for network, rows in networks(board):
         lines += [f"**{network}**", ""] if network else []
-        shown = [_cells(row, names) for row in rows]
-        kept = [at for at in range(len(_HEADS)) if any(cells[at] for cells in shown)]
-        table = [[_HEADS[at] for at in kept], ["---"] * len(kept)]
+        shown = [cells_of(row, names) for row in rows]
+        kept = [at for at in range(len(HEADS)) if any(cells[at] for cells in shown)]
+        table = [[HEADS[at] for at in kept], ["---"] * len(kept)]
         table += [[cells[at].replace("|", "\\|") for at in kept] for cells in shown]
         lines += [*(f"| {' | '.join(cells)} |" for cells in table), ""]
     return "\n".join(lines)
@@ -319,12 +321,12 @@ def _markdown(board: pd.DataFrame) -> str:
 
 def _table(board: pd.DataFrame) -> str:
     """Plain text in columns; columns without an entry are left out."""
-    names = _short_names(board)
+    names = short_names(board)
     lines = ["Defense leaderboard — what the strongest attacker gets of the private batch, and what it costs"]
-    for network, rows in _networks(board):
-        shown = [_cells(row, names) for row in rows]
-        kept = [at for at in range(len(_HEADS)) if any(cells[at] for cells in shown)]
-        table = [[_HEADS[at] for at in kept], *([cells[at] for at in kept] for cells in shown)]
+    for network, rows in networks(board):
+        shown = [cells_of(row, names) for row in rows]
+        kept = [at for at in range(len(HEADS)) if any(cells[at] for cells in shown)]
+        table = [[HEADS[at] for at in kept], *([cells[at] for at in kept] for cells in shown)]
         widths = [max(len(cells[at]) for cells in table) for at in range(len(kept))]
         text = ["  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in table]
         lines += ["", *([network] if network else []), text[0], "─" * max(map(len, text)), *text[1:]]

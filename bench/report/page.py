@@ -19,12 +19,12 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from bench import registry
 from bench.errors import UserError
+from bench.report import defenses, plots, tables
 from bench.report import leaderboard as boards
-from bench.report import plots, tables
 from bench.report.leaderboard import FAILED, NETWORK, Track
 from bench.report.plots import Axis, Series
 from bench.report.record import METRICS, Run
@@ -50,7 +50,7 @@ THREAT_MODELS = {
 
 SHOWN = {
     "label": ("success", "top1", "label_error", "class_existence", "class_counts", "lam_error"),
-    "image": ("psnr", "ssim", "lpips", "mse"),
+    "image": ("psnr", "ssim", "lpips", "identified", "mse"),
     "feature": ("feature_cosine", "feature_error"),
 }
 """Track -> the metrics that its board shows; the first one ranks."""
@@ -66,11 +66,12 @@ TITLES = {
     "ssim": "SSIM",
     "lpips": "LPIPS",
     "mse": "MSE",
+    "identified": "identified",
     "feature_cosine": "feature cosine",
     "feature_error": "feature error",
 }
 
-RATES = {"success", "top1", "class_existence", "class_counts"}
+RATES = {"success", "top1", "class_existence", "class_counts", "identified"}
 
 
 @dataclass(frozen=True)
@@ -147,22 +148,27 @@ def render(
     if not made:
         raise UserError(f"{place} has no records yet; the `leakbench run` that made it continues it")
     shown = {track.name: boards.leaderboard(runs, track.name) for track in made}
+    defended = defenses.defense_board(runs, costs) if _defends(runs) else None
     trials = _trials(runs)
     source = TEMPLATE.read_text(encoding="utf-8")
     script = source.rpartition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breaks"] = _breaks
     return environment.from_string(source).render(
         script_sha256=digest,
         title=", ".join(dict.fromkeys(header.grid for run in runs for header in run.headers)),
         questions=list(dict.fromkeys(h.title for run in runs for h in run.headers if h.title)),
         facts=_facts(runs),
-        boards=[_board(track, shown[track.name], trials) for track in made],
+        boards=[
+            *(_board(track, shown[track.name], trials) for track in made),
+            *(_defense_tables(defended) if defended is not None else ()),
+        ],
         maps=[_heat_maps(track, shown[track.name]) for track in made],
         pictures=_gallery(exhibits.pictures, place),
         landscape=_landscape(exhibits.landscape, place),
         missing=exhibits.missing,
-        frontiers=_frontiers(shown.get("label"), costs),
+        frontiers=[] if defended is None else _frontiers(defended),
         curves=_noise_curves(shown.get("label")),
         speed=_speed(speed),
         threats=_threats(shown.values(), manifests),
@@ -170,6 +176,11 @@ def render(
         cut=sum(len(run.rows) for run in runs) - sum(map(len, trials.values())),
         place=place,
     )
+
+
+def _breaks(text: Any) -> Markup:
+    """The text, escaped, with places where a line may break: in specs, before brackets and after commas."""
+    return Markup(re.sub(r"(?<=[a-z0-9])(?=[(_])|(?<=[/:=])(?=\w)", "<wbr>", str(escape(text))))
 
 
 # --- boards -----------------------------------------------------------------------------------------------
@@ -280,6 +291,55 @@ def _network_names(rows: Sequence[dict[str, Any]], varying: Sequence[str]) -> di
     }
 
 
+def _defends(runs: Sequence[Run]) -> bool:
+    """Whether there is any defense."""
+    return any(
+        axes.get("defense") != "none" for run in runs for h in run.headers for axes in h.scenarios.values()
+    )
+
+
+def _defense_tables(board: pd.DataFrame) -> list[dict[str, Any]]:
+    """The defense track, a row a defense: the worst case, and what it costs."""
+    names = defenses.short_names(board)
+    rows = boards.rows_of(board)
+    cells = [defenses.cells_of(row, names) for row in rows]
+    varying = [axis for axis in defenses.NETWORK if len({row[axis] for row in rows}) > 1]
+    networks = _network_names([row | dict.fromkeys(NETWORK, "") | row for row in rows], varying)
+    kept = [at for at in range(len(defenses.HEADS)) if any(row[at] for row in cells)]
+    order = [1, *(at for at in kept if at != 1)]
+    heads = [defenses.HEADS[at] for at in order]
+    heads.insert(1, "network")
+    shown = []
+    for row, texts in zip(rows, cells, strict=True):
+        listed = [{"text": texts[at], "sort": _first_number(texts[at]), "head": at == 1} for at in order]
+        place = networks[_network(row)]
+        shown.append(
+            {
+                "key": "",
+                "skipped": None,
+                "partial": False,
+                "cells": [listed[0], {"text": place, "sort": place}, *listed[1:]],
+            }
+        )
+    return [
+        {
+            "name": "defense",
+            "question": "what the strongest attacker gets of the private batch, told the defense or not, "
+            "and what the defense costs",
+            "constant": tables.phrase(rows[0], [axis for axis in defenses.NETWORK if axis not in varying]),
+            "heads": heads,
+            "numeric": set(heads) - {"defense", "network", "by", "notes"},
+            "rows": shown,
+        }
+    ]
+
+
+def _first_number(text: str) -> float | str:
+    """What a cell sorts by: its number, if it begins with one."""
+    number = re.match(r"[×]?(-?\d+(?:\.\d+)?(?:e-?\d+)?)", text)
+    return float(number[1]) if number else text
+
+
 def _board_row(
     row: dict[str, Any],
     names: tables.Names,
@@ -354,9 +414,12 @@ def _heat_maps(track: Track, board: pd.DataFrame) -> dict[str, Any]:
     rows = boards.rows_of(board)
     values = [row[track.ranks_by] for row in rows if row[track.ranks_by] is not None]
     most = 1.0 if track.ranks_by in RATES else max([*values, 1e-9])
+    named = _network_names(
+        rows, [axis for axis in ("grid", *NETWORK) if len({row[axis] for row in rows}) > 1]
+    )
     networks: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        networks.setdefault(tables.phrase(row, ("grid", *NETWORK)), []).append(row)
+        networks.setdefault(named[_network(row)] or tables.phrase(row, NETWORK), []).append(row)
     maps = []
     for network, members in networks.items():
         defenses = [d for d in names.in_order if any(row["defense"] == d for row in members)]
@@ -483,12 +546,15 @@ def _noise_curves(board: pd.DataFrame | None) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], dict[str, list[tuple[float, dict[str, Any]]]]] = {}
     fixed: dict[tuple[str, str], str] = {}
     rows = [row for row in boards.rows_of(board) if row["success"] is not None and row["skipped"] is None]
+    names = _network_names(
+        rows, [axis for axis in ("grid", *NETWORK) if len({row[axis] for row in rows}) > 1]
+    )
     for network, defense, parameter in sorted(_varied(rows)):
         key = (network, defense)
         fixed[key] = parameter
         for row in rows:
             spec = _single(row["defense"])
-            if tables.phrase(row, ("grid", *NETWORK)) == network and spec and spec.target == defense:
+            if _network(row) == network and spec and spec.target == defense:
                 attack = _short(registry.attacks, row["attack"]) + (
                     f", told {row['knowledge']}" if row["knowledge"] else ""
                 )
@@ -524,7 +590,13 @@ def _noise_curves(board: pd.DataFrame | None) -> list[dict[str, Any]]:
             "; ".join(map(_words, series)),
         )
         found.append(
-            {"network": network, "defense": defense, "chart": chart, "series": series, "parameter": parameter}
+            {
+                "network": names[network],
+                "defense": defense,
+                "chart": chart,
+                "series": series,
+                "parameter": parameter,
+            }
         )
     return found
 
@@ -541,7 +613,7 @@ def _varied(rows: Iterable[dict[str, Any]]) -> set[tuple[str, str, str]]:
     for row in rows:
         spec = _single(row["defense"])
         if spec is not None:
-            key = (tables.phrase(row, ("grid", *NETWORK)), spec.target)
+            key = (_network(row), spec.target)
             if spec.parameters not in seen.setdefault(key, []):
                 seen[key].append(spec.parameters)
     varied = set()
@@ -562,54 +634,51 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _frontiers(board: pd.DataFrame | None, costs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each network whose training was measured: accuracy across, the strongest attack's rate up."""
-    if board is None or not costs:
-        return []
-    accuracy: dict[tuple[str, str, str], list[float]] = {}
-    epsilon: dict[tuple[str, str, str], float | None] = {}
-    for cost in costs:
-        key = (cost["dataset"], cost["model"], cost["defense"])
-        accuracy.setdefault(key, []).append(cost["accuracy"])
-        epsilon[key] = cost["epsilon"]
-    worst: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+def _frontiers(board: pd.DataFrame) -> list[dict[str, Any]]:
+    """For each network on which training was measured: accuracy across, what the strongest attack gets up."""
+    names = defenses.short_names(board)
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in boards.rows_of(board):
-        if row["success"] is None or (row["dataset"], row["model"], row["defense"]) not in accuracy:
-            continue
-        of_network = worst.setdefault((row["dataset"], row["model"]), {})
-        if row["defense"] not in of_network or of_network[row["defense"]]["success"] < row["success"]:
-            of_network[row["defense"]] = row
+        if row["accuracy"] is not None and row["private_top1"] is not None:
+            axes = (*defenses.NETWORK, "protocol", "batch_size", "classes")
+            groups.setdefault(tables.phrase(row, axes), []).append(row)
     found = []
-    for (dataset, model), strongest in worst.items():
-        points = [
-            (
-                statistics.fmean(accuracy[dataset, model, defense]),
-                row["success"],
-                _short(registry.defenses, defense),
-                _short(registry.attacks, row["attack"]),
-                row["n"],
-                epsilon[dataset, model, defense],
-            )
-            for defense, row in strongest.items()
-        ]
-        points.sort(key=lambda point: point[:2])
-        best = [
-            p for p in points if not any(q[0] >= p[0] and q[1] <= p[1] and q[:2] != p[:2] for q in points)
-        ]
+    for where, rows in groups.items():
+        rows.sort(key=lambda row: (row["accuracy"], row["private_top1"]))
+        points = [(row["accuracy"], row["private_top1"]) for row in rows]
+        best = [p for p in points if not any(q[0] >= p[0] and q[1] <= p[1] and q != p for q in points)]
         low, high = plots.span([p[0] for p in points], log=False)
         series = [
-            Series("defenses", [p[0] for p in points], [p[1] for p in points], joined=False,
-                   labels=[p[2] for p in points]),
+            Series(
+                "defenses",
+                [p[0] for p in points],
+                [p[1] for p in points],
+                [row["private_top1_low"] for row in rows],
+                [row["private_top1_high"] for row in rows],
+                joined=False,
+                labels=[names[row["defense"]] for row in rows],
+            ),
             Series("no other is better in both", [p[0] for p in best], [p[1] for p in best], marked=False),
-        ]  # fmt: skip
+        ]
+        shown = [
+            (
+                names[row["defense"]],
+                row["accuracy"],
+                row["private_top1"],
+                defenses.attack_of(row["attack"], row["told"]),
+                row["n"],
+                row["epsilon"],
+            )
+            for row in rows
+        ]
         chart = plots.chart(
             series,
             Axis("accuracy of a network trained with it", low, min(high, 1.02), percent=True),
-            Axis("labels recovered by the strongest", -0.03, 1.03, percent=True),
-            f"Privacy and utility on {dataset}, {model}",
-            "; ".join(f"{p[2]}: accuracy {p[0]:.0%}, {p[1]:.0%} recovered by {p[3]}" for p in points),
+            Axis("classes found by the strongest", -0.03, 1.03, percent=True),
+            f"Privacy and utility: {where}",
+            "; ".join(f"{name}: accuracy {x:.0%}, {y:.0%} found by {by}" for name, x, y, by, *_ in shown),
         )
-        found.append({"where": f"{dataset}, {model}", "chart": chart, "points": points})
+        found.append({"where": where, "chart": chart, "points": shown})
     return found
 
 
