@@ -205,9 +205,9 @@ def polish(problem: Problem, state: Polish, frame: Frame, steps: int, together: 
     """Gauss-Newton from all candidates at once; `together`: see `settled`."""
     earlier, previous = torch.full_like(state.chi2, torch.inf), state.chi2
     for _ in range(steps - 1):
+        state = curve.polish_step(problem, state, frame)
         if bool(settled(state, earlier, problem.s.shape[-1], together).all()):
             break
-        state = curve.polish_step(problem, state, frame)
         earlier, previous = previous, state.chi2
     return state
 

@@ -158,24 +158,21 @@ def assess(problem: Problem, found: Candidates, floor_is_free: bool) -> Assessme
     )
 
 
-class Doubt(NamedTuple):
-    """What speaks against the chosen candidate of each example, (M,) each."""
+def doubtful_variance(found: Candidates, fit: Fit, best: Tensor) -> Tensor:
+    """What the label's variance gains if the classes that tell most about t were more spikes: (M,).
 
-    variance: Tensor  # of the label, beside its own, if the classes that tell most about t were more spikes
-    flatness: Tensor  # largest spread of t·a + b off the spikes
-    relief: Tensor  # relative spread of s off the spikes
+    Any t can be made to fit where one class alone tells t: it could as well be one more spike. With every
+    spike beyond two, and with a free scale, there are more roots to choose among: so many more must agree.
 
-
-def doubt(problem: Problem, found: Candidates, fit: Fit, best: Tensor) -> Doubt:
-    """A closer look at the chosen candidates `best` (M,); straight-line."""
+    Args:
+        found: the candidates.
+        fit: of all of them.
+        best: (M,) the chosen one of each example.
+    """
     rows, frame = torch.arange(len(best), device=best.device), found.frame
-    # They are of one model each: as candidates of one example, not of many.
-    point, off = (
-        curve.Point(*(x[rows, best][None] for x in fit.point)),
-        fit.off[rows, best][None],
-    )  # (1, M, K)
-    # Any t can be made to fit where one class alone tells t: it could as well be one more spike. With every
-    # spike beyond two, and with a free scale, there are more roots to choose among: so many more must agree.
+    # They are of one model each: as candidates of one example, not of many, (1, M, K).
+    point = curve.Point(*(x[rows, best][None] for x in fit.point))
+    off = fit.off[rows, best][None]
     count = min(max(frame.most_spikes - 2, 1) + 1, off.shape[-1])
     spared = ((frame.spikes - 2).clamp_min(1) + frame.free_scale.long()).clamp_max(count)
     mean_slope = fit.mean_slope[rows, best]
@@ -185,14 +182,22 @@ def doubt(problem: Problem, found: Candidates, fit: Fit, best: Tensor) -> Doubt:
     others = off.scatter(-1, most_telling, off.gather(-1, most_telling) & ~is_spared)
     without = curve.fit_classes(point, others, frame.candidates(best))
     steepest = torch.where(others, without.mean_slope[..., None], point.slope).square().amax(dim=-1)
+    return (steepest / without.curvature.clamp_min(1e-300))[0]
 
-    logits = torch.addcmul(problem.b[:, 0], found.t[rows, best][:, None], problem.a[:, 0])
+
+def why_blurred(problem: Problem, t: Tensor, off: Tensor, doubtful: Tensor) -> Tensor:
+    """The reason why an answer t (M,) isn't sharp, from the classes `off` its spikes (M, K): (M,)."""
+    logits = torch.addcmul(problem.b[:, 0], t[:, None], problem.a[:, 0])
     both = torch.stack([logits, problem.s[:, 0]])  # (2, M, K)
     highest = both.masked_fill(~off, -torch.inf).amax(dim=-1)
     lowest = both.masked_fill(~off, torch.inf).amin(dim=-1)
     flatness, relief = highest - lowest
     size = torch.maximum(highest[1], -lowest[1]).clamp_min(1e-300)
-    return Doubt((steepest / without.curvature.clamp_min(1e-300))[0], flatness, relief / size)
+    smooth = relief < 0.05 * size
+    uniform = (flatness < 0.05) | (smooth & (flatness < 1))
+    reason = torch.where(smooth, int(Reason.SATURATED), int(Reason.NOISE))
+    reason = torch.where(doubtful & ~smooth, int(Reason.ONE_TELLER), reason)
+    return torch.where(uniform, int(Reason.UNIFORM), reason)
 
 
 def impose_mixing(label: Tensor, floor: Tensor, label_std: Tensor, mixing: float) -> tuple[Tensor, Tensor]:
@@ -232,7 +237,6 @@ def judge(problem: Problem, found: Candidates, granted: Granted) -> Verdict:
     cost = torch.where(valid, cost, cost + 1e12).nan_to_num(1e30)
     best = cost.argmin(dim=1)  # (M,)
     rows = torch.arange(len(best), device=best.device)
-    doubts = doubt(problem, found, view.fit, best)
 
     y = label[rows, best]
     differs = (label - y[:, None]).abs().amax(dim=-1) > LABEL_TOLERANCE  # (M, C)
@@ -248,23 +252,19 @@ def judge(problem: Problem, found: Candidates, granted: Granted) -> Verdict:
         rows, best
     ].unbind(dim=1)
     spikes, has_floor = frame.spikes[best], frame.free_floor[best] > 0
-    more = spikes < granted.most_spikes
-    label_variance, inflation = label_std.square(), reduced.clamp_min(1)
-    doubtful_variance = torch.maximum(label_variance + doubts.variance * inflation, loosest * inflation)
-    doubtful = (_ERRORS**2 * doubtful_variance > LABEL_TOLERANCE**2) & more
+    inflation = reduced.clamp_min(1)
+    variance = label_std.square() + doubtful_variance(found, view.fit, best) * inflation
+    variance = torch.maximum(variance, loosest * inflation)
+    doubtful = (_ERRORS**2 * variance > LABEL_TOLERANCE**2) & (spikes < granted.most_spikes)
     sharp = (_ERRORS * label_std < LABEL_TOLERANCE) & (t_std < 0.1) & ~doubtful
-    smooth = doubts.relief < 0.05
-    uniform = (doubts.flatness < 0.05) | (smooth & (doubts.flatness < 1))
-    blurred = torch.where(smooth, int(Reason.SATURATED), int(Reason.NOISE))
-    blurred = torch.where(doubtful & ~smooth, int(Reason.ONE_TELLER), blurred)
-    blurred = torch.where(uniform, int(Reason.UNIFORM), blurred)
     reason = torch.where(several, int(Reason.SEVERAL), int(Reason.FOUND))
     if frame.scaled:
         scaled = (frame.free_scale[best] > 0) & ~several
         reason = torch.where(scaled, int(Reason.SCALED), reason)
     is_fit = fitted > 0
+    reason = torch.where(sharp, reason, why_blurred(problem, t, view.fit.off[rows, best], doubtful))
     return Verdict(
-        reason=torch.where(is_fit, torch.where(sharp, reason, blurred), int(Reason.NO_FIT)),
+        reason=torch.where(is_fit, reason, int(Reason.NO_FIT)),
         decided=is_fit & sharp & ~several & (degrees >= 2 + freed_best),
         t=t,
         y=y,
