@@ -164,10 +164,12 @@ class LambdaRecoveryAdaptive(Attack):
             )
             if found.outcome == "ok":
                 return _reconstruction(found)
-        low, high = LEAST_FACTOR if known.clipped else 1.0, 1.0
-        for _ in range(ROUNDS if known.clipped else 1):
+        # What noise alone could be tells no factor.
+        clipped = known.clipped and bool(hard_class(gradient[None]).lead[0] > 0)
+        low, high = LEAST_FACTOR if clipped else 1.0, 1.0
+        for _ in range(ROUNDS if clipped else 1):
             ratio = (low / high) ** (1 / (TRIED - 1))
-            factors = [high * ratio**k for k in range(TRIED if known.clipped else 1)]
+            factors = [high * ratio**k for k in range(TRIED if clipped else 1)]
             answer, factor = _searched(observation, gradient, known, noise_std, factors)
             low, high = factor * ratio, min(1.0, factor / ratio)
         if answer.outcome != "ok" and known.label_format == "smoothing" and known.epsilon is not None:
