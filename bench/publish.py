@@ -7,16 +7,17 @@ say of themselves is in `results/reported.csv`, and never on a board.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench.errors import UserError
 from bench.registry import ROOT
+from bench.report import Results, defenses, load, record, tables
 from bench.report import leaderboard as boards
-from bench.report import record, tables
 from bench.report.record import Run
 
 
@@ -32,17 +33,31 @@ def publish(results: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for grid in sorted(path for path in (results / "records").glob("*") if path.is_dir()):
-        runs = [record.read(path) for path in record.files(grid)]
-        for track in boards.tracks(runs):
-            board = boards.leaderboard(runs, track)
-            markdown = _head(grid.name, track, runs) + tables.render(board, track, "md")
-            for suffix, content in ((".md", markdown), (".csv", tables.render(board, track, "csv"))):
+        results_of_grid = load(grid)
+        for track, rendered in _boards(results_of_grid):
+            question = _DEFENDED if track == "defense" else boards.track_named(track).question
+            head = _head(grid.name, track, question, results_of_grid.runs)
+            for suffix, content in ((".md", head + rendered("md")), (".csv", rendered("csv"))):
                 path = folder / f"{grid.name}-{track}{suffix}"
                 path.write_text(content, encoding="utf-8")
                 written.append(path)
     for path in {*folder.glob("*.md"), *folder.glob("*.csv")} - set(written):
         path.unlink()
     return written
+
+
+_DEFENDED = "what the strongest attacker gets of the private batch, told the defense or not, and its cost"
+
+
+def _boards(results: Results) -> Iterator[tuple[str, Callable[[str], str]]]:
+    """Each track that has anything to show, and what renders it in a format."""
+    for track in results.tracks:
+        yield track, functools.partial(tables.render, results.leaderboard(track), track)
+    if (
+        len({axes["defense"] for run in results.runs for h in run.headers for axes in h.scenarios.values()})
+        > 1
+    ):
+        yield "defense", functools.partial(defenses.render, results.leaderboard("defense"))
 
 
 def pack(path: Path) -> Path:
@@ -68,10 +83,9 @@ def pack(path: Path) -> Path:
     return packed
 
 
-def _head(grid: str, track: str, runs: Sequence[Run]) -> str:
+def _head(grid: str, track: str, question: str, runs: Sequence[Run]) -> str:
     """What all rows share, and how they were made."""
     rows = [row for run in runs for row in run.rows]
-    shown = boards.track_named(track)
     title = next((header.title for run in runs for header in run.headers if header.title), "")
 
     def values(column: str) -> str:
@@ -79,7 +93,7 @@ def _head(grid: str, track: str, runs: Sequence[Run]) -> str:
 
     hashes = ", ".join(sorted({header.grid_hash[:12] for run in runs for header in run.headers}))
     sentences = [
-        f"Shown: {shown.question}.",
+        f"Shown: {question}.",
         "Ranks are within a scenario: 1 + how many attacks do significantly better there on the same",
         "observations (paired tests, Holm-corrected). What an attack is told beyond update and model stands",
         "beside its name; a skipped one is shown with its reason and counted nowhere.",

@@ -124,7 +124,10 @@ def _enter(hidden: Sequence[str]) -> None:
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
-        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+        code = os.waitstatus_to_exitcode(status)
+        if code < 0:  # whoever waits for this process is to see the signal
+            os.kill(os.getpid(), -code)
+        os._exit(code & 0xFF)
     libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
     def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The records of one or more runs."""
+    """The records of one or more runs.
+
+    `costs`: what was measured of defenses, rows of `utility.jsonl`.
+    """
 
     runs: tuple[Run, ...]
+    costs: tuple[dict[str, Any], ...] = ()
 
     @property
     def tracks(self) -> list[str]:
@@ -29,11 +33,15 @@ class Results:
     def leaderboard(self, track: str) -> pd.DataFrame:
         """One row for each attack in each scenario: rank, n, the metrics' means and intervals.
 
+        Of the track `defense` a row for each defense: the strongest attack, and what the defense costs.
+
         Raises:
             UserError: an unknown track, or one with nothing to show.
         """
-        from bench.report import leaderboard
+        from bench.report import defenses, leaderboard
 
+        if track == "defense":
+            return defenses.defense_board(self.runs, self.costs)
         return leaderboard.leaderboard(self.runs, track)
 
     @property
@@ -52,10 +60,11 @@ def load(*places: str | Path) -> Results:
     Raises:
         UserError: a place holds no records.
     """
-    from bench.report import record
+    from bench.report import record, utility
 
     files = [file for place in places for file in record.files(Path(place))]
-    return Results(tuple(map(record.read, files)))
+    costs = [row for place in places if Path(place).is_dir() for row in utility.read(Path(place))]
+    return Results(tuple(map(record.read, files)), tuple(costs))
 
 
 def manifests(place: str | Path) -> list[dict[str, Any]]:

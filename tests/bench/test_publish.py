@@ -18,6 +18,7 @@ title = "Who wins?"
 [[blocks]]
 dataset = "mnist5k"
 model = "fcn(depth=2, width=24, bias=False)"
+defense = ["none", "mixup(low=0.1, high=0.9)"]
 attacks = ["idlg", "random_labels"]
 samples = 4
 """
@@ -46,6 +47,7 @@ def test_boards_are_written_from_packed_records_and_again_the_same(results, leak
         "records/tiny/idlg/r1.jsonl.gz", "records/tiny/idlg/r1.json",
         "records/tiny/random_labels/r1.jsonl.gz", "records/tiny/random_labels/r1.json",
         "leaderboards/tiny-label.md", "leaderboards/tiny-label.csv",
+        "leaderboards/tiny-defense.md", "leaderboards/tiny-defense.csv",
     }  # fmt: skip
     assert gzip.decompress(once["records/tiny/idlg/r1.jsonl.gz"]) == plain
     (results / "leaderboards" / "gone-label.md").write_text("of a grid that is gone")
@@ -53,7 +55,7 @@ def test_boards_are_written_from_packed_records_and_again_the_same(results, leak
     assert contents(results) == once
 
     board = pd.read_csv(results / "leaderboards" / "tiny-label.csv")
-    assert list(board["attack"]) == ["idlg", "random_labels"]
+    assert sorted(board["attack"]) == sorted(["idlg", "random_labels"] * 2)
     assert {"protocol_version", "grid", "n", "skipped", "knowledge"} <= set(board.columns)
     shown = (results / "leaderboards" / "tiny-label.md").read_text()
     assert shown.startswith("# tiny: label leaderboard\n\nWho wins?")
@@ -61,7 +63,7 @@ def test_boards_are_written_from_packed_records_and_again_the_same(results, leak
 
     code, out, _ = leakbench("verify", results / "records" / "tiny" / "idlg" / "r1.jsonl.gz", "--workers", 1)
     assert code == 0
-    assert "4 trials, 4 of them run again: they agree" in out
+    assert "8 trials, 8 of them run again: they agree" in out
 
 
 def test_what_is_committed_was_made_by_this_command(tmp_path):
