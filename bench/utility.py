@@ -89,7 +89,8 @@ def measured(asked: Asked, dataset: Dataset) -> Utility:
     """Trains on one thread: Adam, `STEPS` steps, each on the update of a client with `BATCH` examples.
 
     Adam doesn't see an update's scale, so that none is judged by whether a learning rate suits it. Batch
-    norm keeps its first statistics. ε is that of Poisson sampling at the same rate, as is usual, though
+    norm keeps its first statistics. Held-out images are plain, also for defenses whose authors would
+    transform them too (InstaHide, ATS). ε is that of Poisson sampling at the same rate, as is usual, though
     batches here are cut from a shuffled set.
     """
     defense = registry.defenses.make(asked.defense)

@@ -19,7 +19,9 @@ class CutMix(Defense):
     there is one; the paper takes one λ and box a batch and the batch's own shuffle.
 
     What it protects: the pixels under the box, and the plain class from rules that expect a hard label. All
-    other pixels are the private ones: who recovers the released image has them.
+    other pixels are the private ones: who recovers the released image has them, and the box too where its
+    border shows, since the recovered label says how large it is; with it, which of the two classes is the
+    private one (`adaptive`).
 
     Attributes:
         alpha: the Beta distribution's parameter, above 0; the paper takes 1, which is uniform.

@@ -24,7 +24,9 @@ class DCS(Defense):
     divides the loss by three, this is the mean over all examples: the scale alone differs.
 
     What it protects: images, by mixing two gradients that are hard to tell apart. Nothing is proven; the
-    private examples are still in the mean, and their labels with a weight of their own.
+    private examples are still in the mean, and their labels with a weight of their own. Of an untrained
+    network λ-recovery of batches, told that there are twice as many examples, finds all labels and features
+    exactly; who takes the update for one example's finds a mix that is neither's.
 
     Attributes:
         iterations: of Adam, at least 0; the authors take 500 and 1000.

@@ -14,6 +14,9 @@ from bench.threat import Batch, Defense
 class LabelSmoothing(Defense):
     """Szegedy et al. 2016.
 
+    What it protects: nothing of the private batch. Images stay, the class stays the largest entry, and λ
+    gives ε too; only rules that expect a hard label fail, where a network is surer of it than the label.
+
     Attributes:
         epsilon: mass moved from the label to the uniform distribution, in [0, 1]; a pair (low, high) draws
             it uniformly for each example, as Wang et al. 2024 do.

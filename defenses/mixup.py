@@ -17,6 +17,10 @@ class Mixup(Defense):
     The partner x' comes from the client's other data. The paper mixes whatever it draws; here a partner of
     another class is taken where there is one, so that a mixed label is mixed.
 
+    What it protects: which of the two classes and images is the private one, as far as `low` and `high` leave
+    that open. The mixed label and image are as readable as others; the halves of the image are told apart
+    only as well as images of their classes are known, and both were the client's.
+
     Attributes:
         alpha: the Beta distribution's parameter, above 0; 1 is uniform.
         low: the least weight, in [0, 1].

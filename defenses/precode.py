@@ -25,7 +25,9 @@ class PRECODE(Defense):
 
     What it protects: layers before it, whose gradient varies with an ε that the attacker doesn't know. The
     head's own gradient is exact in its own (random) input: the label is as readable as before, and an
-    attack that leaves the bottleneck out or optimises ε (Balunović et al. 2022) recovers images.
+    attack that leaves the bottleneck out or optimises ε (Balunović et al. 2022) recovers images. Of one
+    example the encoder, which is linear and has a bias, gives away its input and ∂L/∂input exactly: what
+    lies before it is then as open as without a defense (`adaptive`).
 
     Attributes:
         width: of z, above 0; the paper takes 256.
