@@ -13,6 +13,7 @@ import torch
 from bench import submission, verification, work
 from bench.cases.scenario import load_grid
 from bench.errors import UserError
+from bench.registry import ROOT
 from bench.report import record
 from bench.report.record import Record
 from bench.run import InProcess, plan
@@ -265,6 +266,21 @@ def test_answers_computed_from_public_data_agree_but_fail_on_fresh_examples(leak
     code, _, err = leakbench("verify", records, "--workers", 1, "--salt", "a secret")
     assert code == 1
     assert "on fresh examples success is 0 (n = " in err
+
+
+def test_an_image_attack_of_the_suite_agrees_until_a_picture_is_improved(leakbench, tmp_path):
+    Path("tiny.toml").write_text(GRID.replace("BIAS", "False").replace("samples = 6", "samples = 3"))
+    shutil.copy(ROOT / "attacks" / "images" / "fcn_analytic.py", tmp_path)
+    leakbench("submit", "fcn_analytic.py:FCNAnalytic", "--grid", "tiny.toml", "--workers", 2, "--quiet")
+    (records,) = Path("results/records/tiny").glob("*/r*.jsonl")
+    assert all(row["isolated"] and row["psnr"] > 60 for row in record.read(records).rows)
+    assert leakbench("verify", records, "--workers", 1)[0] == 0
+    head, *rows = lines_of(records)
+    rows[2] = edited(rows[2], psnr=json.loads(rows[2])["psnr"] + 20)
+    rewrite(records, [head, *rows])
+    code, _, err = leakbench("verify", records, "--workers", 1)
+    assert code == 1
+    assert "psnr is " in err
 
 
 # --- images -----------------------------------------------------------------------------------------------
