@@ -98,6 +98,22 @@ def test_a_run_measures_what_its_grid_asks_for_and_resumes(few_steps, tmp_path, 
     execute(planned, InProcess(), tmp_path, Quiet())
 
 
+def test_the_command_ends_with_the_defense_board_and_gives_it_again(few_steps, leakbench, tmp_path):
+    path = tmp_path / "costs.toml"
+    path.write_text(
+        f'name = "costs"\n[[blocks]]\ndataset = "mnist5k"\nmodel = "{MODEL}"\n'
+        'defense = ["none", "sign_sgd"]\nattacks = ["idlg"]\nsamples = 2\nutility = true\n'
+    )
+    code, out, _ = leakbench("run", path, "--workers", 0, "--quiet", "--out", "run")
+    assert code == 0
+    assert "Defense leaderboard" in out
+    code, out, _ = leakbench("leaderboard", "run", "--track", "defense", "--format", "json")
+    board = {row["defense"]: row for row in json.loads(out)}
+    assert board["sign_sgd"]["private_top1"] == 1
+    assert board["sign_sgd"]["accuracy"] is not None
+    assert board["none"]["accuracy_cost"] == 0
+
+
 def test_a_grid_that_does_not_ask_gets_none():
     silent = grid().model_copy(update={"blocks": [grid().blocks[0].model_copy(update={"utility": False})]})
     assert plan(silent, silent, None, "cpu").utilities == ()
