@@ -146,6 +146,9 @@ class DoubleBackward:
             if statistics is not None:
                 total = total + statistics.detach()
                 outputs, slopes = [*outputs, statistics], [*slopes, torch.ones_like(statistics)]
+        # A parameter that the model doesn't use has a gradient of zeros, which depends on nothing.
+        used = [index for index, value in enumerate(outputs) if value.requires_grad]
+        outputs, slopes = ([values[index] for index in used] for values in (outputs, slopes))
         found = torch.autograd.grad(outputs, leaves, slopes, materialize_grads=True)
         return Matched(total, matched, found[0][None], found[1][None])
 

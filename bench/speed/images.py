@@ -43,11 +43,11 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("lenet(bias=False)", 1, 500, 12, 0.35),
-    Case("convnet(bias=False)", 1, 500, 12, 0.5),
-    Case("lenet(bias=False)", 8, 500, 4, 0.25),
-    Case("convnet(bias=False)", 8, 500, 4, 0.4),
-    Case("resnet18(bias=False)", 1, 60, 3, 1.0),
+    Case("lenet(bias=False)", 1, 300, 8, 0.35),
+    Case("convnet(bias=False)", 1, 300, 8, 0.5),
+    Case("lenet(bias=False)", 8, 300, 3, 0.25),
+    Case("convnet(bias=False)", 8, 300, 3, 0.4),
+    Case("resnet18(bias=False)", 1, 40, 3, 1.0),
 ]
 COLUMNS = ["model", "restarts", "iterations", "image", "side", "seconds", "psnr"]
 

@@ -42,7 +42,7 @@ MODELS = ("lenet(bias=False, init='default')", "convnet(bias=False)")
 STATES = ("untrained", "epochs=1", "trained")
 FORMATS = ("hard", "smoothing", "mixup")
 WEIGHTS = (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)
-ITERATIONS, LR, TV = 400, 0.1, 0.01
+ITERATIONS, LR, TV = 300, 0.1, 0.01
 EARLY = (50, 100)
 COLUMNS = [
     *("model", "state", "label_format", "image", "label_error", "weight", "psnr", "distance", "feature"),
@@ -225,7 +225,7 @@ signed Adam, {iterations} iterations from one start a case, a stack of weights a
 def main() -> None:
     """Runs what isn't there yet, writes and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--images", type=int, default=4, help="of each net, state and label format")
+    parser.add_argument("--images", type=int, default=2, help="of each net, state and label format")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -71,6 +71,17 @@ def test_only_what_was_observed_is_matched():
     assert total(objective_of(model, target), images, soft_labels) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_parameter_that_the_model_does_not_use_changes_nothing():
+    model, (images, soft_labels) = convnet(), batch()
+    target = gradient(model, images, soft_labels)
+    without = objective_of(model, target)(images[None] / 2, soft_labels[None])
+    model.unused = nn.Parameter(torch.ones(3))
+    target = target | {"unused": torch.zeros(3)}
+    found = objective_of(model, target)(images[None] / 2, soft_labels[None])
+    for one, other in zip(found, without, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def slopes_are_derivatives(objective):
     images, soft_labels = batch(dtype=torch.float64)
     images, soft_labels = (0.5 * images + 0.2)[None], (0.5 * soft_labels + 0.1)[None]
