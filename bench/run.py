@@ -156,7 +156,7 @@ def plan(full: Grid, wanted: Grid, data_root: Path | None, device: str) -> Plan:
     wanted_cells = cells(wanted)
     networks = {scenario: network_of(scenario, data_root) for scenario, _ in wanted_cells}
     for network in dict.fromkeys(networks.values()):
-        if models.epochs(network.weights):
+        if not models.is_cached(network):
             dataset_named(network.dataset, data_root).training_indices()
     for (scenario, _), samples in wanted_cells.items():
         work.check_data(scenario, samples, data_root)
@@ -389,15 +389,15 @@ def rerun(folder: Path, trial: str, data_root: Path | None) -> tuple[dict[str, A
     Raises:
         UserError: no such trial, or data, weights or revisions are no longer those of the record.
     """
-    recorded = record.read(folder)
-    matching = [row for row in recorded.rows if row["trial"].startswith(trial)]
+    runs = [record.read(file) for file in record.files(folder)]
+    matching = [(row, ran.headers[-1]) for ran in runs for row in ran.rows if row["trial"].startswith(trial)]
     if len(matching) != 1:
         raise UserError(
             f"{folder} has {len(matching)} trials whose key begins with {trial!r}; "
             "a row's `trial` in records.jsonl is its key"
         )
-    row = matching[0]
-    chunk, context = recorded_chunk(row, recorded.headers[-1], data_root)
+    ((row, header),) = matching
+    chunk, context = recorded_chunk(row, header, data_root)
     ((_, rows),) = InProcess().rows([chunk], context)
     again = rows[row["sample"] - chunk.start]
     if again.trial != row["trial"]:

@@ -45,6 +45,9 @@ KEPT_ENVIRONMENT = (
 DESCRIBE_SECONDS = 60.0
 """How long an attack's file may take to be imported and asked what it needs."""
 
+DESCRIBE_BYTES = 4 * 2**30
+"""How much memory it may take for that."""
+
 # From Linux' headers.
 _NAMESPACES = 0x00020000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 """CLONE_NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
@@ -204,6 +207,10 @@ def _refuse(event: str, arguments: tuple[Any, ...], hidden: Sequence[str]) -> No
 
 def _describe() -> None:
     """Answers `described`, on the real standard output: what the attack prints goes nowhere."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (DESCRIBE_BYTES, most))
     answers = os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -224,6 +224,12 @@ def test_one_that_hangs_while_it_is_imported_is_stopped(tmp_path, monkeypatch):
         sandbox.described(f"{tmp_path / 'slow.py'}:Slow", [], [])
 
 
+def test_one_that_takes_10_gb_while_it_is_imported_is_refused(tmp_path):
+    (tmp_path / "fat.py").write_text("FAT = bytearray(10 * 2**30)")
+    with pytest.raises(ValueError, match=r"^[^\n]*MemoryError"):
+        sandbox.described(f"{tmp_path / 'fat.py'}:Fat", [], [])
+
+
 @pytest.mark.parametrize(
     ("event", "arguments"),
     [
