@@ -82,6 +82,13 @@ def test_the_masked_layer_is_left_out():
     assert set(seen.update) - set(left.update) == {"head.weight"}
 
 
+def test_an_attack_that_needs_the_masked_layer_gets_it_as_it_was_sent():
+    """With biases an analytic attack reads all but the head's input elsewhere."""
+    private, _, seen = observed("soteria", model="fcn(depth=3, width=48)")
+    found = Adaptive(attack="fcn_analytic").run(seen, seeded())
+    assert torch.allclose(found.images, private.images, atol=1e-5)
+
+
 def test_rounds_are_averaged():
     _, _, seen = observed("gradient_noise", talk="rounds(count=4)")
     mean = mean_of_rounds(seen)
