@@ -47,7 +47,7 @@ def test_an_example_stays_what_it_was_to_the_eye(name):
     flat = [images.flatten(1) - images.flatten(1).mean(1, keepdim=True) for images in (before, after)]
     alike = torch.nn.functional.cosine_similarity(*flat, dim=1)
     strangers = torch.nn.functional.cosine_similarity(flat[0], flat[1].roll(1, 0), dim=1)
-    assert float(alike.mean()) > 0.7 > 0.4 > float(strangers.mean())
+    assert float(alike.mean()) > 0.6 > 0.45 > float(strangers.mean())
     assert float((alike < 0.999).float().mean()) > 0.9  # none is there as it was
 
 
