@@ -5,10 +5,13 @@ Any label, with or without structure. Under noise u and x are those of the neare
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from attacks.solvers.reduction import POWER_STEPS, power_step, rank_one_residual
+from attacks.solvers.missing import complete, is_pruned
+from attacks.solvers.reduction import POWER_STEPS, power_step, rank_one_residual, telling_rows
 from attacks.solvers.solution import LABEL_TOLERANCE, OK, UNIDENTIFIABLE, SoftLabelSolution, format_name
 
 REASONS = (
@@ -54,6 +57,36 @@ def leading_pair(both: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return s * last, v[:, :-1] / torch.where(last == 0, 1.0, last)
 
 
+class Completed(NamedTuple):
+    """What pruned entries leave of one example; float64."""
+
+    u: Tensor  # (K,)
+    x: Tensor  # (D,)
+    u_variance: Tensor  # (K,) of rows of which nothing was sent
+    x_variance: Tensor  # (D,) of columns of which nothing was sent
+
+    def on(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u, x, the variance of u, and that of the logits."""
+        return self.u, self.x, self.u_variance, weight.double().square() @ self.x_variance
+
+
+def completed(weight_gradient: Tensor, direction: Tensor, bias_gradient: Tensor) -> Completed | None:
+    """One pruned ∇W (K, D) and ∇b (K,): each entry that was sent is exact, and ∇W = s vᵀ, s = t u, x = t v.
+
+    None where no matrix of rank one agrees with what was sent, or ∇b tells no t.
+    """
+    found = complete(weight_gradient[None], direction[None])
+    rounding = 8 * torch.finfo(weight_gradient.dtype).eps
+    sent = bias_gradient.square().sum()
+    t = (found.s[0] * bias_gradient).sum() / sent
+    if not (bool(found.misfit[0] < rounding**2 + 1e-12) and bool(t.isfinite()) and bool(t != 0)):
+        return None
+    u = torch.where(bias_gradient != 0, bias_gradient, found.s[0] / t)
+    return Completed(
+        u, t * found.direction[0], found.s_variance[0] / t.square(), t.square() * found.direction_variance[0]
+    )
+
+
 def recover_from_bias_gradient(
     weight_gradient: Tensor,
     weight: Tensor,
@@ -70,9 +103,20 @@ def recover_from_bias_gradient(
     along = torch.matmul(unit.to(dtype)[:, None], weight_gradient)[:, 0].double()  # (M, D) ‖u‖ x
     x = along / u_norm.clamp_min(1e-300)[:, None]
     row_norms = torch.linalg.vector_norm(weight_gradient, dim=2)
+    u_variance, logit_variance = torch.zeros_like(u), torch.zeros_like(u)
     if noise_std is None:
         direction = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-300)
-        noise = rank_one_residual(weight_gradient, row_norms, direction.to(dtype)).additive.double()
+        residual = rank_one_residual(weight_gradient, row_norms, direction.to(dtype))
+        noise = residual.additive.double()
+        lost = ((u == 0) & (row_norms > 0)).any(dim=1)  # of ∇b, where its row of ∇W was sent
+        for index in (residual.uneven | lost).nonzero()[:, 0].tolist():
+            rows = telling_rows(weight_gradient[index, None], row_norms[index, None])
+            if not bool(lost[index]) and not bool(is_pruned(rows, direction[index, None])[0]):
+                continue
+            found = completed(weight_gradient[index], direction[index].to(dtype), u[index])
+            if found is not None:
+                u[index], x[index], u_variance[index], logit_variance[index] = found.on(weight)
+                noise[index] = 0.0
     else:
         noise = torch.full_like(u_norm, noise_std)
     noisy = ((noise > 0) & (u_norm > 0)).nonzero()[:, 0]
@@ -93,7 +137,8 @@ def recover_from_bias_gradient(
     relative = noise / u_norm.clamp_min(1e-300)
     logit_std = relative[:, None] * torch.sqrt(weight_norm.square() + logits.square())
     logit_std = logit_std + 4 * eps * (1 + logits.abs())
-    own = u_noise[:, None].square() + (relative[:, None] * u).square()
+    logit_std = torch.sqrt(logit_std.square() + logit_variance)
+    own = u_noise[:, None].square() + (relative[:, None] * u).square() + u_variance
     label_std = torch.sqrt(own + (p * (1 - p) * logit_std).square()).amax(dim=1)
     lam_std = lam.abs() * (noise / u.gather(1, row[:, None])[:, 0].abs() + eps)
 

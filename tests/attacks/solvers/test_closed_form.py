@@ -84,3 +84,23 @@ def test_under_noise_every_column_is_a_look_at_u(case, label_format):
         ours.append(c.label_error(solution))
         assert ours[-1] < 5 * solution.label_std
     assert torch.tensor(ours).median() < 0.8 * torch.stack(plain).median()
+
+
+def pruned(tensor, share):
+    least = tensor.abs().flatten().topk(int(share * tensor.numel())).values[-1]
+    return torch.where(tensor.abs() >= least, tensor, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
+@pytest.mark.parametrize("label_format", ["hard", "mixup"])
+def test_what_pruning_left_gives_what_it_took(case, label_format, share, dtype):
+    """Each entry that was sent is exact: rank one gives the others, and ∇b the length."""
+    c = case(10, 256, label_format, dtype=dtype, has_bias=True, scale=0.1)
+    found = recover_soft_label(
+        pruned(c.weight_gradient, share), c.weight, c.bias, pruned(c.bias_gradient, 0.7)
+    )
+    assert c.label_error(found) < 0.02
+    assert c.label_error(found) < 5 * found.label_std + 1e-6
+    if share >= 0.6:
+        assert found.outcome == "ok"
