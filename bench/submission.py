@@ -43,6 +43,9 @@ SCHEMA = 1
 GRIDS = {"images": "images-v1", "soft_labels": "labels-v1", "features": "labels-v1"}
 """What an attack produces -> the grid of its track; the first that fits."""
 
+NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
+"""What an attack may be named: records lie in a folder of that name."""
+
 PARTS = frozenset(GRIDS)
 GRANTABLE = frozenset(field.name for field in dataclasses.fields(Knowledge))
 
@@ -134,7 +137,7 @@ def _checked(
 ) -> tuple[Submitted, list[Any]]:
     """A description, believed as far as an attack may say it."""
     name, produces, uses = str(said["name"]), frozenset(said["produces"]), frozenset(said["uses"])
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", name):
+    if not NAME.fullmatch(name):
         raise UserError(f"{file}: name = {name!r} is no name: lower-case letters, digits and _")
     if not produces or produces - PARTS:
         raise UserError(f"{file}: produces = {sorted(produces)} is not some of {', '.join(sorted(PARTS))}")

@@ -8,6 +8,7 @@ same cells are run on fresh, privately changed examples, which nobody can have l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -104,6 +105,17 @@ def read(path: Path) -> Submission:
     return Submission(path, manifest, ran, code)
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "list[str]": (list,),
+    "list[int]": (list,),
+    "str | None": (str, type(None)),
+    "int | None": (int, type(None)),
+}
+"""The types of a manifest's entries, as its class says them."""
+
+
 def _manifest(path: Path) -> Manifest:
     if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{path} holds no records; give the rN.jsonl that `leakbench submit` wrote")
@@ -115,9 +127,10 @@ def _manifest(path: Path) -> Manifest:
         manifest = Manifest(**said)
         for field in dataclasses.fields(Manifest):
             value = getattr(manifest, field.name)
-            kind = {"str": str, "int": int, "list[str]": list, "list[int]": list}.get(str(field.type))
-            if kind is not None and not isinstance(value, kind):
+            if not isinstance(value, _KINDS[str(field.type)]):
                 raise TypeError(f"{field.name} is {value!r}")
+        if manifest.samples is not None and manifest.samples < 1:
+            raise ValueError(f"samples is {manifest.samples}")
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{beside} is no manifest: {' '.join(str(error).split())[:200]}") from None
     if manifest.schema != submission.SCHEMA:
@@ -151,12 +164,14 @@ def _no_duplicates(path: Path) -> None:
 
 def _code(path: Path, manifest: Manifest) -> Path:
     """The attack's file: in `attacks/`, else where it lay, else beside the records."""
-    built_in = submission.built_in(manifest.name) if manifest.name.isidentifier() else None
-    given = Path(manifest.file).expanduser()
-    places = [built_in, given, path.parent / given.name]
-    for place in places:
-        if place is not None and place.is_file() and place.suffix == ".py":
-            return place
+    if not submission.NAME.fullmatch(manifest.name):
+        raise UserError(f"{path}: its manifest says name = {manifest.name[:80]!r}, which no attack can have")
+    built_in = submission.built_in(manifest.name)
+    given = Path(manifest.file)
+    with contextlib.suppress(OSError, ValueError):  # too long a name, a NUL
+        for place in (built_in, given, path.parent / given.name):
+            if place is not None and place.is_file() and place.suffix == ".py":
+                return place
     raise UserError(
         f"{path}: the code that made it is not there; looked for attacks/labels/{manifest.name}.py, "
         f"attacks/images/{manifest.name}.py, {given} and {path.parent / given.name}"

@@ -239,6 +239,24 @@ def test_what_was_changed_is_refused_in_one_line_that_names_it(leakbench, submit
     assert err.count("\n") == 1
 
 
+STRANGE = (None, -1, 0, "", "x" * 5000, "../../etc/passwd", "\0", "a\nb", [], {}, [{}], 1e400, True)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(submission.Manifest)])
+def test_whatever_a_manifest_says_it_is_refused_in_a_line_or_makes_no_difference(
+    submitted, monkeypatch, field
+):
+    def stop(*_):
+        raise UserError("went on to the code")
+
+    monkeypatch.setattr(submission, "plan", stop)
+    for value in STRANGE:
+        change_manifest(submitted, **{field: value})
+        with pytest.raises(UserError) as error:
+            verification.verify(submitted, "", None, 1)
+        assert "\n" not in str(error.value)
+
+
 def test_a_part_agrees_and_is_told_what_ranking_needs(leakbench, submitted):
     leakbench("submit", "my_own.py:MyOwn", "--grid", "tiny.toml", "--samples", 2, "--workers", 1, "--quiet")
     code, out, _ = leakbench("verify", submitted, "--workers", 1)
