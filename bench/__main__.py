@@ -66,7 +66,12 @@ def run(
     count = _default_workers(planned.context.device) if workers is None else workers
     watcher = Watcher(folder, quiet)
     watcher.cost(planned, count, scheduler)
-    with _stopped_by_hand(folder), stoppable(), watcher, _engine(count, scheduler) as engine:
+    with (
+        _stopped_by_hand(folder),
+        stoppable(),
+        watcher,
+        _engine(count, scheduler, planned.context.device) as engine,
+    ):
         runner.execute(planned, engine, folder, watcher)
     from bench.report import leaderboard as boards
 
@@ -179,21 +184,22 @@ def rerun(
 @app.command()
 def report(
     place: Annotated[Path, typer.Argument(help="A run's folder, or one of published records.")],
-    out: Annotated[Path | None, typer.Option(help="The page [report.html in the folder].")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page [report.html in the run's folder].")] = None,
     data: DataOption = None,
 ) -> None:
     """Make one HTML page of a run: boards, curves, images; it needs no network."""
     from bench import exhibits
     from bench.registry import ROOT
-    from bench.report import load, manifests, page, utility
+    from bench.report import load, manifests, page, record
 
-    runs = load(place).runs
-    target = out or (place if place.is_dir() else place.parent) / "report.html"
+    results = load(place)
+    is_run = (place / record.FILE).is_file()  # published records get no page among them
+    target = out or (place if is_run else Path()) / "report.html"
     shown = page.render(
-        runs,
+        results.runs,
         str(place),
-        exhibits.exhibits(runs, data),
-        utility.read(place) if place.is_dir() else (),
+        exhibits.exhibits(results.runs, data),
+        results.costs,
         ROOT / "results" / "speed",
         manifests(place),
     )
@@ -407,7 +413,15 @@ def _default_workers(device: str) -> int:
     return max(1, torch.cuda.device_count()) if device == "cuda" else 1
 
 
-def _engine(workers: int, scheduler: str | None) -> Any:
+def _gpus() -> list[str]:
+    """The GPUs that this process sees, under the names that they have outside."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
+def _engine(workers: int, scheduler: str | None, device: str) -> Any:
     if workers == 0:
         from bench.run import InProcess
 
@@ -415,7 +429,7 @@ def _engine(workers: int, scheduler: str | None) -> Any:
         return contextlib.nullcontext(in_process)
     from bench.cluster import DaskEngine
 
-    return DaskEngine(workers, scheduler)
+    return DaskEngine(workers, scheduler, _gpus() if device == "cuda" else ())
 
 
 @contextlib.contextmanager

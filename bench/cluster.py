@@ -12,6 +12,7 @@ import heapq
 import itertools
 import logging
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
+from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, as_completed
 from distributed.comm import CommClosedError
 
 from bench import utility, work
@@ -44,7 +45,14 @@ SECONDS = 1.0
 MOST_CHUNKS = 1_000
 """In one task."""
 
+REVIVED = 5.0
+"""Seconds between two looks whether all local workers are there."""
+
+STARTS = 3
+"""How often a local cluster is tried to be started."""
+
 SETTINGS = {
+    "distributed.deploy.lost-worker-timeout": "60s",  # a busy machine takes its time to start one again
     "distributed.scheduler.allowed-failures": DEATHS,
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.scheduler.work-stealing": False,
@@ -121,12 +129,24 @@ class Supply:
         self._returned = deque([*parted, *(chunk for _, _, chunk in sorted(whole))])
 
 
+class OneGPU(WorkerPlugin):
+    """Shows each worker, and the process of its attacks, one GPU: the workers take them in turn."""
+
+    def __init__(self, gpus: Sequence[str]) -> None:
+        """`gpus`: as CUDA_VISIBLE_DEVICES names them."""
+        self._gpus = gpus
+
+    def setup(self, worker: Worker) -> None:
+        """Before anything on the worker asks CUDA what there is."""
+        os.environ["CUDA_VISIBLE_DEVICES"] = self._gpus[int(worker.name) % len(self._gpus)]
+
+
 class DaskEngine:
     """Runs chunks on a cluster; a context manager that closes what it started."""
 
-    def __init__(self, workers: int, scheduler: str | None) -> None:
-        """`workers` processes here, or the cluster at the address `scheduler`."""
-        self._workers, self._address = workers, scheduler
+    def __init__(self, workers: int, scheduler: str | None, gpus: Sequence[str] = ()) -> None:
+        """`workers` processes here, each seeing one of `gpus` alone, or the cluster at `scheduler`."""
+        self._workers, self._address, self._gpus = workers, scheduler, gpus
         self._stack = contextlib.ExitStack()
         self._count, self._counted = 0, -math.inf
 
@@ -143,7 +163,13 @@ class DaskEngine:
         for name in ("distributed", "distributed.nanny", "distributed.worker", "distributed.scheduler"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self._address is None:
-            self._client = self._stack.enter_context(Client(self._stack.enter_context(self._local())))
+            cluster = self._stack.enter_context(self._local())
+            self._client = self._stack.enter_context(Client(cluster))
+            if self._gpus:
+                self._client.register_plugin(OneGPU(self._gpus))
+            over = threading.Event()
+            threading.Thread(target=self._keep_whole, args=(cluster, over), daemon=True).start()
+            self._stack.callback(over.set)
             return
         try:
             self._client = self._stack.enter_context(Client(self._address, timeout="10s"))
@@ -160,7 +186,21 @@ class DaskEngine:
     ) -> None:
         self._stack.close()
 
+    def _keep_whole(self, cluster: LocalCluster, over: threading.Event) -> None:
+        """Starts a worker in place of each that died and whose nanny couldn't bring it back."""
+        while not over.wait(REVIVED):
+            cluster.scale(self._workers)
+
     def _local(self) -> LocalCluster:
+        for _ in range(STARTS - 1):
+            with contextlib.suppress(RuntimeError):  # a worker died before it had begun
+                return self._cluster()
+        try:
+            return self._cluster()
+        except RuntimeError as error:
+            raise UserError(f"no workers can be started here: {error.__cause__ or error}") from error
+
+    def _cluster(self) -> LocalCluster:
         return LocalCluster(
             n_workers=self._workers,
             threads_per_worker=1,
@@ -188,7 +228,13 @@ class DaskEngine:
             for network in networks
         }
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            try:
+                yield futures[future], future.result()
+            except KilledWorker as error:
+                raise UserError(
+                    f"{error.allowed_failures + 1} workers died over the weights of {futures[future].model}; "
+                    "the same command tries again"
+                ) from None
 
     def utilities(self, asked: Sequence[utility.Asked], root: Path | None) -> Iterator[Utility]:
         """What each defense costs, as it gets ready; trained by any worker, none of which attacks."""
@@ -252,8 +298,9 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def _finish(chunks: Sequence[Chunk], context: Context) -> Finished:
     with _ONE_AT_A_TIME:
-        attack = _attack_process(context.hidden).attempts
-        return work.finish(chunks, context, attack, isolated=True, seconds=SECONDS)
+        process = _attack_process(context.hidden)
+        process.make_ready()
+        return work.finish(chunks, context, process.attempts, isolated=True, seconds=SECONDS)
 
 
 def _lost(chunk: Chunk, context: Context, deaths: int) -> Finished:

@@ -151,16 +151,21 @@ def _checked(
             parts[at][name] = value
             if not finite:
                 diverged.setdefault(at, f"{name} is not finite")
-    return [
-        Attempt(Reconstruction(Outcome.DIVERGED), diverged[at], *cost)
-        if at in diverged
-        else Attempt(
-            Reconstruction(answer.outcome, **parts[at], notes=dict(answer.notes)),
-            str(answer.notes.get("reason", "")),
-            *cost,
+    made = []
+    for at, (answer, took, peak) in enumerate(zip(answers, seconds, peaks, strict=True)):
+        if at in diverged:
+            made.append(Attempt(Reconstruction(Outcome.DIVERGED), diverged[at], took, peak))
+            continue
+        notes = dict(answer.notes)
+        whole = Reconstruction(
+            answer.outcome,
+            parts[at].get("soft_labels"),
+            parts[at].get("features"),
+            parts[at].get("images"),
+            notes,
         )
-        for at, (answer, *cost) in enumerate(zip(answers, seconds, peaks, strict=True))
-    ]
+        made.append(Attempt(whole, str(notes.get("reason", "")), took, peak))
+    return made
 
 
 def _check_kind(answer: Any, facts: Facts) -> None:
@@ -229,8 +234,28 @@ class AttackProcess:
     ) -> list[Attempt]:
         """As `attempts` above; `limits` are a trial's, `architecture` that of the observations' model.
 
-        Where a stack kills the process or breaks a limit, each of its trials is tried alone.
+        Where a stack ends the process or breaks a limit, each of its trials is tried alone. A process that
+        somebody kills may not be the attack's fault: the same is asked once more.
         """
+        try:
+            return self._attempts(spec, observations, seeds, limits, architecture)
+        except _KilledError:
+            self.stop()
+        try:
+            return self._attempts(spec, observations, seeds, limits, architecture)
+        except _KilledError:
+            self.stop()
+        killed = Attempt(Reconstruction(Outcome.CRASHED), "the attack's process was killed, twice")
+        return self._alone(killed, spec, observations, seeds, limits, architecture)
+
+    def _attempts(
+        self,
+        spec: str,
+        observations: Sequence[Observation],
+        seeds: Sequence[int],
+        limits: Limits,
+        architecture: Architecture,
+    ) -> list[Attempt]:
         fresh = self._answered == 0
         try:
             answer = self._ask(spec, observations, seeds, limits, architecture)
@@ -249,8 +274,22 @@ class AttackProcess:
         except _UnreadableError as error:
             lost = _crashed(error)
         self.stop()
-        if len(seeds) == 1 and (fresh or lost.reconstruction.outcome is not Outcome.OUT_OF_MEMORY):
-            return [lost]  # else the memory may be what others before it left behind
+        if lost.reconstruction.outcome is Outcome.OUT_OF_MEMORY and not fresh and len(seeds) == 1:
+            return self._attempts(spec, observations, seeds, limits, architecture)  # it held others' leavings
+        return self._alone(lost, spec, observations, seeds, limits, architecture)
+
+    def _alone(
+        self,
+        lost: Attempt,
+        spec: str,
+        observations: Sequence[Observation],
+        seeds: Sequence[int],
+        limits: Limits,
+        architecture: Architecture,
+    ) -> list[Attempt]:
+        """Each trial of a stack by itself; of a trial that was alone, what is known."""
+        if len(seeds) == 1:
+            return [lost]
         pairs = zip(observations, seeds, strict=True)
         return [self.attempts(spec, [one], [seed], limits, architecture)[0] for one, seed in pairs]
 
@@ -269,8 +308,7 @@ class AttackProcess:
             MemoryError: it holds too much.
             EOFError, OSError: it dies.
         """
-        if self._process is None or self._process.poll() is not None:
-            self._start()
+        self.make_ready()
         assert self._process is not None
         deadline = time.monotonic() + limits.seconds * len(seeds)
         messages = [_question(spec, observations, seeds, architecture)]
@@ -282,6 +320,11 @@ class AttackProcess:
         part = sum(math.prod(shape) for shape in _shapes(observations[0].facts)) * 8
         most = len(seeds) * (part + MOST_WORDS) + MOST_WORDS
         return _received(self._connection, most, deadline, limits.memory, self._process.pid)
+
+    def make_ready(self) -> None:
+        """Starts the process where it isn't there: seconds, which are nobody's trial's."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
 
     def _start(self) -> None:
         _hide_memory()
@@ -302,12 +345,18 @@ class AttackProcess:
         self._connection.recv_bytes()  # it is ready: the limits of trials begin after this
 
     def _last_words(self) -> str:
-        """Why the process isn't there any more."""
+        """Why the process isn't there any more.
+
+        Raises:
+            _KilledError: somebody killed it.
+        """
         code = 0
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self._process.wait(1)
-        return f"the attack's process died{f', killed by signal {-code}' * (code < 0)}"
+        if code == -signal.SIGKILL:
+            raise _KilledError
+        return f"the attack's process died{f' of signal {-code}' * (code < 0)}"
 
     def stop(self) -> None:
         """Ends the process, whatever it does."""
@@ -384,6 +433,10 @@ def _received(connection: Connection, most: int, deadline: float, memory: float,
     if not 0 <= size <= most:
         raise _UnreadableError(f"the attack's process sent what is no answer: {size} bytes")
     return exactly(size)
+
+
+class _KilledError(Exception):
+    """Somebody killed an attack's process: a person, or a system that runs out of memory."""
 
 
 class _UnreadableError(ValueError):
@@ -577,7 +630,7 @@ def _decoded(answer: bytes, facts: Facts, expected: int) -> list[Attempt]:
             parts = [next(rest[part]) if has else None for part, has in zip(PARTS, there, strict=True)]
             failed = outcome in FAILED
             own = Outcome.DIVERGED if failed else Outcome[outcome]
-            made.append(Reconstruction(own, *parts, notes=dict(notes)))
+            made.append(Reconstruction(own, parts[0], parts[1], parts[2], dict(notes)))
             seconds.append(float(took) if took is not None and math.isfinite(took) else None)
             peaks.append(None if peak is None else int(peak))
         checked = _checked(made, facts, seconds, peaks)

@@ -113,12 +113,14 @@ class Watcher:
     def _line(self, now: float, workers: int, doing: str) -> str:
         """Trials done, per cent, rate, time left, workers, failures."""
         percent = 100 * self._done // max(self._total, 1)
-        rate = (self._done - self._there) / max(now - self._started, 1e-3)
+        new, lacking = self._done - self._there, self._total - self._there
+        rate = new / max(now - self._started, 1e-3)
+        left = f"{duration((lacking - new) / rate)} left" if lacking / 100 <= new < lacking else ""
         parts = [
             f"{percent:>3} %",
             f"{self._done} of {self._total} trials",
             f"{rate:.3g}/s" if rate < 100 else f"{rate:.0f}/s",
-            f"{duration((self._total - self._done) / rate)} left" if self._done < self._total else "",
+            left,
             f"{workers} worker{'s' * (workers != 1)}" if workers else "",
             f"{self._failures} failed" if self._failures else "",
             doing,

@@ -1,6 +1,8 @@
 """Chunks on their way: dealt out so that nobody waits, done once whatever dies, on clusters of one's own."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -165,8 +167,6 @@ def scheduler(tmp_path):
     deadline = time.monotonic() + 60
     while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    import json
-
     yield json.loads(file.read_text())["address"], worker, head
     for process in started:
         for child in (
@@ -221,6 +221,16 @@ def test_a_scheduler_that_goes_is_one_line_and_the_same_run_goes_on(small, unbro
     assert results(tmp_path / "out") == unbroken
 
 
+def workers_and_attacks() -> list[psutil.Process]:
+    """The processes that work for this one."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if any(kind in " ".join(child.cmdline()) for kind in ("spawn_main", "bench.isolation")):
+                found.append(child)
+    return found
+
+
 def test_killed_workers_lose_nothing_and_double_nothing(small, unbroken, tmp_path):
     """The short form of bench/speed/faults.py."""
     rng, kills = random.Random(7), 0
@@ -229,12 +239,7 @@ def test_killed_workers_lose_nothing_and_double_nothing(small, unbroken, tmp_pat
         def advanced(self, part: Finished, workers: int) -> None:
             nonlocal kills
             if kills < 4:
-                processes = [
-                    child
-                    for child in psutil.Process().children(recursive=True)
-                    if child.is_running() and "resource_tracker" not in " ".join(child.cmdline())
-                ]
-                rng.choice(processes).kill()
+                rng.choice(workers_and_attacks()).kill()
                 kills += 1
 
     with DaskEngine(2, None) as engine:
@@ -267,6 +272,12 @@ class Assassin(Base):
     ended = {(row["attack"].split(":")[-1].split("(")[0], row["outcome"], row["reason"]) for row in rows}
     assert ("Assassin", "crashed", "3 workers died over its chunk") in ended
     assert ("lambda_recovery", "ok") in {(attack, outcome) for attack, outcome, _ in ended}
+
+
+def test_workers_see_one_gpu_each():
+    with DaskEngine(2, None, gpus=["3", "GPU-7"]) as engine:
+        seen = engine._client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+    assert sorted(seen.values()) == ["3", "GPU-7"]
 
 
 def test_the_wall_clock_may_jump():

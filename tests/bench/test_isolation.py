@@ -1,8 +1,11 @@
 """An attack's process: its answers are believed as far as an attack may say them, and it may hang or die."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -200,6 +203,18 @@ def test_a_trial_past_its_time_is_stopped_and_the_others_go_on(process, attacks)
     assert first.reconstruction.outcome is third.reconstruction.outcome is Outcome.OK
     assert second.reconstruction.outcome is Outcome.TIMEOUT
     assert second.reason == "stopped after 3 s"
+
+
+def test_a_process_that_somebody_kills_is_asked_again_and_its_stack_stays_whole(process):
+    seen = observations(3)
+    before = process.attempts("lambda_recovery", seen, [1, 2, 3], AMPLE, NET)
+    pid = process._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(0.3, lambda: os.kill(pid, signal.SIGKILL)).start()
+    after = process.attempts("lambda_recovery", seen, [1, 2, 3], AMPLE, NET)
+    assert process._process.pid != pid
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one.reconstruction.soft_labels, other.reconstruction.soft_labels)
 
 
 def test_a_trial_that_holds_too_much_is_stopped_and_the_others_go_on(process, attacks):
