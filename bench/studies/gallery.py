@@ -42,13 +42,22 @@ def galleries(folder: Path, out: Path) -> None:
     for key, attacks in groups.items():
         pairs = {attack: _pairs(rows, ran.headers[-1]) for attack, rows in attacks.items()}
         path = out / (re.sub(r"[^\w=.]+", "-", " ".join(map(str, key))).strip("-") + ".png")
-        _draw(" · ".join(map(str, key)), attacks, pairs, path)
+        _draw("\n".join([*map(str, key[:2]), ", ".join(map(str, key[2:]))]), attacks, pairs, path)
         print(path)
 
 
 def _pairs(rows: Sequence[Row], header: record.Header) -> dict[int, tuple[Tensor, Tensor]]:
     """Sample -> the first example as it was released, and the reconstruction next to it."""
-    chunk, context = recorded_chunk(rows[0], header, None)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for row in rows:
+        if row["sample"] not in found:
+            found |= _stack(row, header)
+    return found
+
+
+def _stack(row: Row, header: record.Header) -> dict[int, tuple[Tensor, Tensor]]:
+    """The same of all trials that were computed together."""
+    chunk, context = recorded_chunk(row, header, None)
     answers: list[Attempt] = []
 
     def attack(
@@ -78,7 +87,7 @@ def _draw(
     figure, axes = plt.subplots(
         1 + len(attacks),
         len(samples),
-        figsize=(1.6 * len(samples) + 0.4, 1.9 * (1 + len(attacks)) + 0.4),
+        figsize=(max(4.5, 1.6 * len(samples) + 0.4), 1.9 * (1 + len(attacks)) + 0.6),
         squeeze=False,
     )
     for axis in axes.flat:
