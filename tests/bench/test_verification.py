@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import submission, verification, work
+from bench import sandbox, submission, verification, work
 from bench.cases.scenario import load_grid
 from bench.errors import UserError
 from bench.registry import ROOT
@@ -56,8 +56,25 @@ class Memorised(Attack):
 '''
 
 
+@pytest.fixture(scope="module", autouse=True)
+def described_once():
+    """An attack's file is asked in a sandbox once, and not again as long as it is the same."""
+    asked, known = sandbox.described, {}
+
+    def described(code, facts, hidden):
+        path, _, rest = code.partition(".py:")
+        key = (Path(f"{path}.py").read_bytes(), rest, tuple(facts))
+        if key not in known:
+            known[key] = asked(code, facts, hidden)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "described", described)
+        yield
+
+
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory, request) -> Path:
+def honest(tmp_path_factory) -> Path:
     """A folder in which an attack from the template was submitted."""
     from bench import authoring
     from bench.__main__ import main
