@@ -1,12 +1,13 @@
 """What a defense costs: the accuracy of a network trained with it in every step, time and bytes of an update.
 
 Measured once for a data set, model, first weights and defense, and cached; what frozen grids ask for is
-committed (results/utility). Training holds private data: it is done where clients are, never in a process
-that attacks.
+committed (results/defenses/utility.jsonl). Training holds private data: it is done where clients are, never
+in a process that attacks.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import time
@@ -26,6 +27,7 @@ from bench.cases.client import FedSGDClient
 from bench.cases.data import Dataset, load
 from bench.cases.models import Network
 from bench.cases.scenario import digest, seed
+from bench.report import utility as rows
 from bench.report.utility import COLUMNS, Utility
 from bench.threat import Batch, Defense, Update
 
@@ -39,8 +41,8 @@ DELTA = 1e-5
 POOL = 64
 """Other examples of its own that a client holds, for defenses that need a partner."""
 
-COMMITTED = Path(__file__).resolve().parent.parent / "results" / "utility"
-"""What was measured for frozen grids."""
+COMMITTED = Path(__file__).resolve().parent.parent / "results" / "defenses"
+"""Where a `utility.jsonl` has what was measured for frozen grids."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,8 @@ class Asked:
 
 def utility(asked: Asked, root: Path | None) -> Utility:
     """As committed or cached, else measured now."""
-    for folder in (COMMITTED, cache_folder() / "utility"):
-        if found := _read(folder / f"{asked.key}.json"):
-            return found
+    if found := _committed().get(asked.key):
+        return found
     path = cache_folder() / "utility" / f"{asked.key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
@@ -75,6 +76,11 @@ def utility(asked: Asked, root: Path | None) -> Utility:
             part.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
             part.replace(path)
     return found
+
+
+@functools.cache
+def _committed() -> dict[str, Utility]:
+    return {row["key"]: Utility(**row) for row in rows.read(COMMITTED)}
 
 
 def _read(path: Path) -> Utility | None:
