@@ -45,9 +45,9 @@ class Case(NamedTuple):
 CASES = [
     Case("lenet(bias=False)", 1, 300, 8, 0.35),
     Case("convnet(bias=False)", 1, 300, 8, 0.5),
-    Case("lenet(bias=False)", 8, 300, 3, 0.25),
-    Case("convnet(bias=False)", 8, 300, 3, 0.4),
-    Case("resnet18(bias=False)", 1, 40, 3, 1.0),
+    Case("lenet(bias=False)", 8, 100, 3, 0.25),
+    Case("convnet(bias=False)", 8, 100, 3, 0.4),
+    Case("resnet18(bias=False)", 1, 10, 3, 1.0),
 ]
 COLUMNS = ["model", "restarts", "iterations", "image", "side", "seconds", "psnr"]
 
@@ -211,7 +211,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    folder = parser.parse_args().results
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop then; run again for the rest"
+    )
+    arguments = parser.parse_args()
+    folder: Path = arguments.results
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # breaching's, of schedulers
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +232,8 @@ def main() -> None:
             writer.writeheader()
         for case in CASES:
             for index in range(case.images):
-                if (case.model, case.restarts, case.iterations, index) not in done:
+                within = time.process_time() < arguments.seconds
+                if within and (case.model, case.restarts, case.iterations, index) not in done:
                     writer.writerows(measure(case, index))
                     file.flush()
     table = summary(pd.read_csv(path))

@@ -2,7 +2,7 @@
 
 The paper adds f · (1 - cos of features) to g · (1 - cos of gradients) and leaves f/g open. Here a stack of
 weights goes down from one start, label and feature from λ-recovery, for small convolutional nets, untrained,
-lightly and fully trained, and for hard, smoothed and mixed labels. The truth is used to judge rules for the
+after one epoch and after five, and for hard, smoothed and mixed labels. The truth is used to judge rules for the
 choice among the stack, never in one.
 
 Writes results/images/feature_weight.csv (a row for each case and weight; what is there already isn't run
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ from bench.threat import Batch, Facts, Knowledge, Observation
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "images"
 DATASET, CLASSES = "mnist5k", 10
 MODELS = ("lenet(bias=False, init='default')", "convnet(bias=False)")
-STATES = ("untrained", "epochs=1", "trained")
+STATES = ("untrained", "epochs=1", "epochs=5")
 FORMATS = ("hard", "smoothing", "mixup")
 WEIGHTS = (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)
 ITERATIONS, LR, TV = 300, 0.1, 0.01
@@ -227,6 +228,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=int, default=2, help="of each net, state and label format")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop then; run again for the rest"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder: Path = arguments.results
@@ -241,7 +245,7 @@ def main() -> None:
         if not file.tell():
             writer.writeheader()
         for case in cases(arguments.images):
-            if tuple(case) not in done:
+            if tuple(case) not in done and time.process_time() < arguments.seconds:
                 for row in descents(case):
                     writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
                 file.flush()
