@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from bench import registry, run, submission, work
+from bench import registry, run, sandbox, submission, work
 from bench.cases.scenario import Scenario, grid_names, load_grid
 from bench.errors import UserError
 from bench.isolation import Attempt
@@ -506,4 +506,6 @@ def _rankable(manifest: Manifest, salt: str) -> list[str]:
         needs.append("a grid of the suite")
     if not salt:
         needs.append("fresh examples (verify --salt SECRET)")
+    elif not sandbox.is_tight():
+        needs.append("a sandbox that is tight (Linux with user namespaces)")
     return [f"ranking needs {', and '.join(needs)}"] if needs else ["it can be ranked"]

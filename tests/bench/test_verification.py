@@ -283,6 +283,22 @@ def test_a_part_agrees_and_is_told_what_ranking_needs(leakbench, submitted):
     assert "and fresh examples (verify --salt SECRET)" in out
 
 
+@pytest.mark.parametrize(
+    ("samples", "grid_file", "salt", "tight", "said"),
+    [
+        (None, None, "x", True, "it can be ranked"),
+        (None, None, "x", False, "ranking needs a sandbox that is tight (Linux with user namespaces)"),
+        (None, None, "", True, "ranking needs fresh examples (verify --salt SECRET)"),
+        (None, "own.toml", "x", True, "ranking needs a grid of the suite"),
+    ],
+)
+def test_what_ranking_needs(monkeypatch, samples, grid_file, salt, tight, said):
+    fields = {field.name: "" for field in dataclasses.fields(submission.Manifest)}
+    manifest = submission.Manifest(**(fields | {"samples": samples, "grid_file": grid_file}))
+    monkeypatch.setattr(sandbox, "is_tight", lambda: tight)
+    assert verification._rankable(manifest, salt) == [said]
+
+
 def test_answers_computed_from_public_data_agree_but_fail_on_fresh_examples(leakbench, tmp_path):
     Path("tiny.toml").write_text(GRID.replace("BIAS", "False"))
     grid = load_grid("tiny.toml")
