@@ -102,16 +102,14 @@ class Entrant:
         return ",".join(sorted(self.granted))
 
 
-def _digests(before: Sequence[Any], each: Sequence[Any], after: Sequence[Any]) -> list[str]:
-    """`digest(*before, one, *after)` for each one, of which millions are made."""
+def _digests(before: Sequence[Any], each: Sequence[str | int], after: Sequence[Any]) -> list[str]:
+    """`digest(*before, one, *after)` for each number or digest, of which millions are made."""
     mark = "\0"  # JSON escapes it: nothing else looks like this
     head, tail = json.dumps([*before, mark, *after], ensure_ascii=False, sort_keys=True).split(
         json.dumps(mark)
     )
-    return [
-        hashlib.sha256(f"{head}{json.dumps(one, ensure_ascii=False)}{tail}".encode()).hexdigest()[:24]
-        for one in each
-    ]
+    texts = [f'"{one}"' if isinstance(one, str) else str(one) for one in each]
+    return [hashlib.sha256(f"{head}{text}{tail}".encode()).hexdigest()[:24] for text in texts]
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ def rows_of_one(chunk: Chunk, context: Context, attack: Attack, isolated: bool) 
     observed = _observed(replace(chunk, entrants=(), only=None), context)
     first = chunk.attacked.start - chunk.start
     mine = slice(first, first + len(chunk.attacked))
-    views = [_for_attack(observation, entrant) for observation in observed.observations[mine]]
+    views = _for_attack(observed.observations[mine], entrant)
     spec, seeds = entrant.code or entrant.spec, chunk.seeds(entrant)
     answers = attack(spec, views, seeds, context.limits, observed.architecture)
     return judge(chunk, context, entrant, answers, observed.truths[mine], isolated)
@@ -421,11 +419,12 @@ def observe(chunk: Chunk, context: Context) -> Observed:
         updates = [({name: value[m] for name, value in heads.items()},) for m in range(len(released))]
     facts = _facts_of(scenario, dataset, client)
     auxiliary = _auxiliary(dataset, scenario, context.device)
+    head = client.head  # looked up once
     observations = [
         Observation(
             client.model,
             sent[-1],
-            client.head,
+            head,
             facts,
             _granted(scenario, talk, batch.soft_labels, named, auxiliary),
             sent[:-1],
@@ -566,19 +565,25 @@ def _granted(
     return grant(everything, frozenset(scenario.knowledge))
 
 
-def _for_attack(observation: Observation, entrant: Entrant) -> Observation:
-    """The observation as an attack may see it: masked to what it reads, granted what it uses."""
+def _for_attack(observations: Sequence[Observation], entrant: Entrant) -> list[Observation]:
+    """A chunk's observations as an attack may see them: masked to what it reads, granted what it uses."""
+    first = observations[0]
+    facts = replace(first.facts, granted=entrant.granted)
 
     def masked(update: Update) -> Update:
-        return mask(update, observation.head, entrant.reads)
+        return mask(update, first.head, entrant.reads)
 
-    return replace(
-        observation,
-        update=masked(observation.update),
-        facts=replace(observation.facts, granted=entrant.granted),
-        knowledge=grant(observation.knowledge, entrant.granted),
-        later_updates=tuple(map(masked, observation.later_updates)),
-    )
+    return [
+        Observation(
+            one.model,
+            masked(one.update),
+            one.head,
+            facts,
+            grant(one.knowledge, entrant.granted),
+            tuple(map(masked, one.later_updates)),
+        )
+        for one in observations
+    ]
 
 
 # --- the judge's side -------------------------------------------------------------------------------------

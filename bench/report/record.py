@@ -165,15 +165,19 @@ def _expected(headers: Iterable[Header]) -> dict[tuple[str, str], int]:
 # --- lines ------------------------------------------------------------------------------------------------
 
 _SEAL = ', "crc32": "'
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def line(entry: Header | Record) -> str:
     """One line of the file, without its end: JSON, whose last member is the CRC-32 of all before it."""
-    values = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in vars(entry).items()
-    }
-    text = json.dumps(values, ensure_ascii=False, allow_nan=False)[:-1]
+    try:
+        text = _ENCODER.encode(vars(entry))[:-1]
+    except ValueError:  # a number that is not finite
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in vars(entry).items()
+        }
+        text = _ENCODER.encode(finite)[:-1]
     return f'{text}{_SEAL}{zlib.crc32(text.encode()):08x}"}}'
 
 
