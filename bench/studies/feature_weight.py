@@ -2,8 +2,8 @@
 
 The paper adds f · (1 - cos of features) to g · (1 - cos of gradients) and leaves f/g open. Here a stack of
 weights goes down from one start, label and feature from λ-recovery, for small convolutional nets, untrained,
-after one epoch and after five, and for hard, smoothed and mixed labels. The truth is used to judge rules for the
-choice among the stack, never in one.
+after one epoch and after five, and for hard, smoothed and mixed labels. The truth is used to judge rules for
+the choice among the stack, never in one.
 
 Writes results/images/feature_weight.csv (a row for each case and weight; what is there already isn't run
 again), .png and .md.
