@@ -36,10 +36,11 @@ class FeatureGuided(MatchingAttack):
 
     name: ClassVar[str] = "feature_guided"
     title: ClassVar[str] = "Feature-guided matching"
+    revision: ClassVar[int] = 2
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.03124"
     produces: ClassVar[frozenset[str]] = frozenset({"soft_labels", "images"})
 
-    weights: tuple[float, ...] = (0.0, 0.1, 1.0, 10.0)
+    weights: tuple[float, ...] = (0.0, 1.0, 10.0, 100.0)
     features: str = "lambda_recovery"
     lr: float = 0.1
     tv: float = 0.01
