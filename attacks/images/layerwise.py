@@ -1,0 +1,119 @@
+"""Layer by layer: the exact input of a convolutional net from one gradient, by linear least squares after λ.
+
+From the head's input and label down, each layer's input follows from its output and its weight's gradient:
+two sets of linear equations, see attacks/solvers/layerwise.py. R-GAP (Zhu, Blaschko 2021) does so for hard
+labels; here label and input come from λ (Wang, Liang, He 2024), so that labels may be soft, no bias is
+needed, and λ itself is sharpened by the equations below it.
+
+Where it ends. Sequential nets of convolutions and linear layers, batch norm in eval mode folded in, one
+example. Every activation before a convolution's input has to have an inverse: sigmoid, tanh, LeakyReLU, not
+ReLU (after linear layers it may). No pooling, no shortcuts: they hide which unit gave what. And each
+convolution needs as many equations as its input has numbers: under a stride they are counted for each place
+under it, which DLG's LeNet passes up to 32 × 32 and fails at 64 × 64. What fails says so before anything is
+solved; `delta_matching` takes over there.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from attacks.solvers import layerwise
+from attacks.solvers.head import recover_head
+from attacks.solvers.layers import NotInvertibleError, Row, trace
+from bench import registry
+from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction
+
+
+@registry.attacks.register
+@dataclass(frozen=True)
+class Layerwise(Attack):
+    """Ours: R-GAP's recursion from λ's label and feature, each equation weighted by its error; in float64.
+
+    Attributes:
+        tolerance: the largest share of a layer's gradient (by its norm) that the answer may leave
+            unexplained before the attack says `UNIDENTIFIABLE`. Rounding leaves some 1e-5.
+    """
+
+    name: ClassVar[str] = "layerwise"
+    title: ClassVar[str] = "Layer by layer"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2010.07733"
+    produces: ClassVar[frozenset[str]] = frozenset({"soft_labels", "features", "images"})
+    uses: ClassVar[frozenset[str]] = frozenset({"label_format"})
+
+    tolerance: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < float("inf"):
+            raise ValueError(f"tolerance={self.tolerance} is not a number above 0; 0.1 leaves some 25 dB")
+
+    @property
+    def builds_on(self) -> tuple[str, ...]:
+        """λ-recovery."""
+        return ("lambda_recovery",)
+
+    def skip(self, facts: Facts) -> str | None:
+        """One example, its gradient rather than the sum of local steps, and all of it."""
+        if facts.batch_size != 1:
+            return f"needs a batch of one, got {facts.batch_size}"
+        if facts.protocol.startswith(("fedavg", "head_withheld")):
+            return f"needs the whole gradient of one step, got {facts.protocol}"
+        return None
+
+    def run(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        """Soft labels (1, K), features (1, D) and images (1, C, H, W).
+
+        `UNIDENTIFIABLE`, with the reason in the notes and whatever was found, where the architecture can't be
+        undone, the label isn't determined, or the gradient contradicts the answer.
+        """
+        found = Reconstruction(Outcome.UNIDENTIFIABLE)
+        for name, sent in observation.update.items():
+            if not bool(sent.isfinite().all()):
+                reason = f"the gradient of {name} is not finite"
+                return replace(found, outcome=Outcome.DIVERGED, notes={"reason": reason})
+        try:
+            head = recover_head(
+                observation.head_weight_gradient,
+                observation.head_weight,
+                observation.head_bias,
+                observation.head_bias_gradient,
+                observation.knowledge.label_format,
+            )
+            found = replace(
+                found,
+                soft_labels=None if head.soft_labels is None else head.soft_labels[None],
+                features=head.features[None].to(observation.head_weight),
+                notes=head.notes,
+            )
+            row = trace(observation.model, observation.head, observation.facts.image_shape, rng)
+            layerwise.check(row)
+            first, misfit = layerwise.solve(row, sent_gradients(observation, row), head.features)
+        except NotInvertibleError as error:
+            return replace(found, notes=found.notes | {"reason": str(error)})
+        pixels = (first - row.offset) / row.scale
+        reason = head.doubt
+        if not reason and not misfit <= self.tolerance:
+            reason = f"a contradiction: {misfit:.2g} of a layer's gradient is not explained"
+        return replace(
+            found,
+            outcome=Outcome.UNIDENTIFIABLE if reason else Outcome.OK,
+            images=pixels.nan_to_num(0.5).clamp(0, 1)[None].to(observation.head_weight),
+            notes=found.notes | {"reason": reason, "misfit": misfit},
+        )
+
+
+def sent_gradients(observation: Observation, row: Row) -> list[layerwise.SentGradient]:
+    """What was sent of each layer, by its folded weight.
+
+    Raises:
+        NotInvertibleError: a weight's gradient was not sent.
+    """
+    found = []
+    for layer in row.layers:
+        sent = observation.update.get(f"{layer.name}.weight")
+        if sent is None:
+            raise NotInvertibleError(f"the gradient of {layer.name}.weight was not sent")
+        bias = observation.update.get(f"{layer.name}.bias")
+        weight = sent.double() / layer.gain.reshape(-1, *[1] * (sent.ndim - 1))
+        found.append(layerwise.SentGradient(weight, None if bias is None else bias.double()))
+    return found
