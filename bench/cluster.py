@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -141,6 +142,14 @@ class OneGPU(WorkerPlugin):
         os.environ["CUDA_VISIBLE_DEVICES"] = self._gpus[int(worker.name) % len(self._gpus)]
 
 
+class LeavesCtrlCToTheDriver(WorkerPlugin):
+    """Ctrl-C reaches all processes of a terminal at once; only the driver answers, and closes its workers."""
+
+    def setup(self, worker: Worker) -> None:
+        """A worker's event loop is in its main thread."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class DaskEngine:
     """Runs chunks on a cluster; a context manager that closes what it started."""
 
@@ -165,6 +174,7 @@ class DaskEngine:
         if self._address is None:
             cluster = self._stack.enter_context(self._local())
             self._client = self._stack.enter_context(Client(cluster))
+            self._client.register_plugin(LeavesCtrlCToTheDriver())
             if self._gpus:
                 self._client.register_plugin(OneGPU(self._gpus))
             over = threading.Event()

@@ -76,7 +76,7 @@ def test_wrong_usage_ends_with_2(leakbench):
         ("run SMALL --attack gone.py:Mine", "gone.py"),
         ("run SMALL --attack lambda_recovery(serch='pso')", "no parameter 'serch'; did you mean search?"),
         ("run SMALL --attack lambda_recovery(search='psi')", "search='psi' should be"),
-        ("run SMALL --attack inverting_gradients(iterations=0)", "iterations=0 is not at least 1"),
+        ("run SMALL --attack inverting_gradients(iterations=0)", "iterations=0 is not a number of at"),
         ("run SMALL --attack idlg(__import__('os'))", "parameters need their names"),
         ("run SMALL --attack idlg(a=open('x'))", "is no literal"),
         ("run SMALL --defense mixop", "no defense is named 'mixop'; did you mean mixup?"),

@@ -12,7 +12,7 @@ from bench.cases.client import FedSGDClient
 from bench.registry import defenses
 from bench.threat import Batch, Facts, Knowledge
 
-SPEC = "fedavg(steps=4, lr=3.0)"
+SPEC = "fedavg(steps=4, lr=0.01)"
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def averaged(observe, small_net, smooth_picture):
         FedSGDClient(model), defenses.make("none"), [batch], torch.Generator()
     )
     seen = observe(model, smooth_picture, labels)
-    knowledge = Knowledge(local_steps=4, local_lr=3.0, soft_labels=labels)
+    knowledge = Knowledge(local_steps=4, local_lr=0.01, soft_labels=labels)
     return replace(seen, update=delta, facts=replace(seen.facts, protocol=SPEC), knowledge=knowledge)
 
 
