@@ -80,9 +80,8 @@ def run(
     _show([recorded], [name for name in ("label", "image") if name in made] or made, "table")
     if planned.utilities:
         _show_defenses([recorded], [folder], "table")
-    whole = max(block.samples for block in full.blocks)
-    if samples is not None and samples < whole:
-        print(f"\nA part of {full.name}: {samples} of {whole} samples a cell; publishing needs all of them.")
+    if shortfall := recorded.headers[-1].shortfall:
+        print(f"\n{shortfall}")
     print(f"\nRecords: {folder / 'records.jsonl'} ({len(recorded.rows)} trials). Any of them again: ", end="")
     print(f"leakbench rerun {folder} TRIAL\nA page of it: leakbench report {folder}")
     _exit_if_unfinished(recorded.rows)
@@ -106,6 +105,9 @@ def leaderboard(
         return
     tracks = [track] if track else boards.tracks(recorded) or ["label"]
     _show(recorded, tracks[:1] if format in ("csv", "json") else tracks, format)
+    for shortfall in dict.fromkeys(run.headers[-1].shortfall for run in recorded):
+        if shortfall and format == "table":
+            print(f"\n{shortfall}")
 
 
 @app.command("list")

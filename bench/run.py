@@ -97,6 +97,7 @@ class Plan:
     networks: dict[Scenario, Network]
     entrants: dict[tuple[Scenario, str], Entrant]
     utilities: tuple[utility.Asked, ...] = ()
+    whole: int = 0  # samples that the grid's file asks of a cell, at most
 
     @property
     def trials(self) -> int:
@@ -123,6 +124,7 @@ class Plan:
             cells={f"{scenario.key} {attack}": n for (scenario, attack), n in self.cells.items()},
             scenarios={scenario.key: _json_axes(scenario) for scenario, _ in self.cells},
             seed=self.context.grid_seed,
+            whole=self.whole,
         )
 
     def chunks(self, weights: dict[Network, str]) -> Iterator[Chunk]:
@@ -166,7 +168,9 @@ def plan(full: Grid, wanted: Grid, data_root: Path | None, device: str) -> Plan:
     }
     limits = Limits(full.time_limit, full.memory_limit * GIB)
     context = Context(full.name, full.hash, full.seed, limits, data_root, device, commit())
-    return Plan(wanted, context, wanted_cells, networks, entrants, _utilities(wanted, data_root))
+    whole = max(block.samples for block in full.blocks)
+    utilities = _utilities(wanted, data_root)
+    return Plan(wanted, context, wanted_cells, networks, entrants, utilities, whole)
 
 
 def _utilities(wanted: Grid, data_root: Path | None) -> tuple[utility.Asked, ...]:

@@ -121,6 +121,7 @@ class Header:
         cells: how many samples each (scenario, attack) is to have: "scenario attack" -> N.
         scenarios: scenario -> its axes.
         seed: the grid's, from which every batch's follows.
+        whole: how many samples the grid asks of a cell, at most; 0 where the run doesn't say.
     """
 
     grid: str
@@ -129,6 +130,17 @@ class Header:
     cells: dict[str, int]
     scenarios: dict[str, dict[str, Any]]
     seed: int = 0
+    whole: int = 0
+
+    @property
+    def shortfall(self) -> str:
+        """What it says of a part of a grid; empty where it is the whole."""
+        samples = max(self.cells.values(), default=0)
+        if samples >= self.whole:
+            return ""
+        return (
+            f"A part of {self.grid}: {samples} of {self.whole} samples a cell; publishing needs all of them."
+        )
 
 
 @dataclass(frozen=True)

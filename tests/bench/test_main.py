@@ -158,6 +158,8 @@ def test_an_attack_from_a_file_runs_on_data_from_a_file(leakbench, small, misbeh
     assert code == 0
     assert "own.npz" in out
     assert re.search(r"A part of small: 2 of \d+ samples a cell", out)
+    _, board, _ = leakbench("leaderboard", "runs/small")
+    assert re.search(r"A part of small: 2 of \d+ samples a cell", board)
 
 
 def test_a_folder_of_another_grid_is_refused(leakbench, small, finished):
