@@ -28,7 +28,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -212,6 +212,21 @@ MOST_WORDS = 2**16
 """Bytes that the notes and reason of one answer may take."""
 
 
+class _Asked(NamedTuple):
+    """What an attack's process is asked: a stack of trials."""
+
+    spec: str
+    observations: Sequence[Observation]
+    seeds: Sequence[int]
+    limits: Limits
+    architecture: Architecture
+
+    def one_by_one(self) -> Iterator[_Asked]:
+        """Each trial by itself."""
+        for observation, seed in zip(self.observations, self.seeds, strict=True):
+            yield self._replace(observations=[observation], seeds=[seed])
+
+
 class AttackProcess:
     """A process that runs attacks: started when it is first needed, and again after it hung or died.
 
@@ -237,36 +252,30 @@ class AttackProcess:
         Where a stack ends the process or breaks a limit, each of its trials is tried alone. A process that
         somebody kills may not be the attack's fault: the same is asked once more.
         """
-        try:
-            return self._attempts(spec, observations, seeds, limits, architecture)
-        except _KilledError:
-            self.stop()
-        try:
-            return self._attempts(spec, observations, seeds, limits, architecture)
-        except _KilledError:
-            self.stop()
-        killed = Attempt(Reconstruction(Outcome.CRASHED), "the attack's process was killed, twice")
-        return self._alone(killed, spec, observations, seeds, limits, architecture)
+        return self._attempts(_Asked(spec, observations, seeds, limits, architecture))
 
-    def _attempts(
-        self,
-        spec: str,
-        observations: Sequence[Observation],
-        seeds: Sequence[int],
-        limits: Limits,
-        architecture: Architecture,
-    ) -> list[Attempt]:
+    def _attempts(self, asked: _Asked) -> list[Attempt]:
+        for _ in range(2):
+            try:
+                return self._answers(asked)
+            except _KilledError:
+                self.stop()
+        return self._alone(
+            Attempt(Reconstruction(Outcome.CRASHED), "the attack's process was killed, twice"), asked
+        )
+
+    def _answers(self, asked: _Asked) -> list[Attempt]:
         fresh = self._answered == 0
         try:
-            answer = self._ask(spec, observations, seeds, limits, architecture)
-            found = _decoded(answer, observations[0].facts, len(observations))
+            answer = self._ask(asked)
+            found = _decoded(answer, asked.observations[0].facts, len(asked.observations))
             self._answered += 1
             return found
         except TimeoutError:
-            reason = f"stopped after {limits.seconds:g} s"
-            lost = Attempt(Reconstruction(Outcome.TIMEOUT), reason, limits.seconds)
+            seconds = asked.limits.seconds
+            lost = Attempt(Reconstruction(Outcome.TIMEOUT), f"stopped after {seconds:g} s", seconds)
         except MemoryError:
-            reason = f"stopped at more than {limits.memory / GIB:g} GiB"
+            reason = f"stopped at more than {asked.limits.memory / GIB:g} GiB"
             lost = Attempt(Reconstruction(Outcome.OUT_OF_MEMORY), reason)
             fresh = fresh or self._answered == 0
         except (EOFError, OSError):
@@ -274,33 +283,15 @@ class AttackProcess:
         except _UnreadableError as error:
             lost = _crashed(error)
         self.stop()
-        if lost.reconstruction.outcome is Outcome.OUT_OF_MEMORY and not fresh and len(seeds) == 1:
-            return self._attempts(spec, observations, seeds, limits, architecture)  # it held others' leavings
-        return self._alone(lost, spec, observations, seeds, limits, architecture)
+        if lost.reconstruction.outcome is Outcome.OUT_OF_MEMORY and not fresh and len(asked.seeds) == 1:
+            return self._answers(asked)  # it held others' leavings
+        return self._alone(lost, asked)
 
-    def _alone(
-        self,
-        lost: Attempt,
-        spec: str,
-        observations: Sequence[Observation],
-        seeds: Sequence[int],
-        limits: Limits,
-        architecture: Architecture,
-    ) -> list[Attempt]:
+    def _alone(self, lost: Attempt, asked: _Asked) -> list[Attempt]:
         """Each trial of a stack by itself; of a trial that was alone, what is known."""
-        if len(seeds) == 1:
-            return [lost]
-        pairs = zip(observations, seeds, strict=True)
-        return [self.attempts(spec, [one], [seed], limits, architecture)[0] for one, seed in pairs]
+        return [lost] if len(asked.seeds) == 1 else [self._attempts(one)[0] for one in asked.one_by_one()]
 
-    def _ask(
-        self,
-        spec: str,
-        observations: Sequence[Observation],
-        seeds: Sequence[int],
-        limits: Limits,
-        architecture: Architecture,
-    ) -> bytes:
+    def _ask(self, asked: _Asked) -> bytes:
         """The process' answer.
 
         Raises:
@@ -310,6 +301,7 @@ class AttackProcess:
         """
         self.make_ready()
         assert self._process is not None
+        spec, observations, seeds, limits, architecture = asked
         deadline = time.monotonic() + limits.seconds * len(seeds)
         messages = [_question(spec, observations, seeds, architecture)]
         if architecture not in self._sent:
