@@ -1,20 +1,19 @@
-"""What attacks by gradient matching share: where their labels come from, starts, and how the search ended.
+"""What attacks by gradient matching share: starts, and how the search ended.
 
-The labels are not sought with the images, unless asked for: they come from a label attack, or from the truth
-where it is granted. So iDLG's label, the λ label and the true label are three rows of one attack.
+The labels are not sought with the images, unless asked for: see `_labels.py`.
 """
 
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from attacks.images._labels import LENGTH, GivenLabels, drawing_from
 from attacks.solvers.gradient_matching import Gradients, Objective, gradients_of
 from attacks.solvers.matching_objectives import Euclidean
 from attacks.solvers.matching_optimisers import (
@@ -26,14 +25,10 @@ from attacks.solvers.matching_optimisers import (
     Variables,
     descend,
 )
-from bench import registry
-from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction, Update, grant, mask
+from bench.threat import Facts, Observation, Outcome, Reconstruction, Update
 
-TRUTH, JOINT = "truth", "joint"
 MATCHED = 1e-10
 """Of the squared distance at the start: about where rounding in float32 ends the search."""
-
-LENGTH = frozenset({"local_steps", "local_lr"})
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +47,7 @@ def check(attack: object, least: Mapping[str, float], above: tuple[str, ...] = (
 
 
 @dataclass(frozen=True)
-class MatchingAttack(Attack):
+class MatchingAttack(GivenLabels):
     """The base of attacks by gradient matching.
 
     Attributes:
@@ -71,35 +66,14 @@ class MatchingAttack(Attack):
 
     def __post_init__(self) -> None:
         check(self, {"iterations": 1, "restarts": 1})
-        attack = self._label_attack
-        if attack is not None and "soft_labels" not in attack.produces:
-            raise ValueError(f"labels={self.labels!r} is an attack that finds no labels")
-        # What depends on `labels` stands on the instance, before the class's own.
-        truth = frozenset({"soft_labels"} if self.labels == TRUTH else ())
-        uses = type(self).uses | (truth if attack is None else attack.uses)
-        uses |= LENGTH if self.needs_length else frozenset()
-        object.__setattr__(self, "uses", uses)
-        object.__setattr__(self, "produces", type(self).produces - truth)
-
-    @property
-    def _label_attack(self) -> Attack | None:
-        """The attack that `labels` names, if it names one."""
-        return None if self.labels in (TRUTH, JOINT) else registry.attacks.make(self.labels)
-
-    @property
-    def builds_on(self) -> tuple[str, ...]:
-        """The label attack."""
-        return () if self.labels in (TRUTH, JOINT) else (self.labels,)
+        self._take_labels(LENGTH if self.needs_length else frozenset())
 
     def skip(self, facts: Facts) -> str | None:
         """Needs what its labels need."""
-        if self.labels == TRUTH and "soft_labels" not in facts.granted:
-            return "needs the true labels: grant knowledge = ['soft_labels']"
-        if self.needs_length and facts.protocol.startswith("fedavg") and not facts.granted >= LENGTH:
+        hidden = facts.protocol.startswith("fedavg") and not facts.granted >= LENGTH
+        if self.needs_length and hidden and not self._lacks_truth(facts):
             return "needs the gradient's length: grant knowledge = ['local_steps', 'local_lr']"
-        attack = self._label_attack
-        reason = None if attack is None else attack.skip(facts)
-        return None if reason is None else f"labels={self.labels!r}: {reason}"
+        return super().skip(facts)
 
     @abstractmethod
     def _objective(self, observation: Observation, gradient: Update, given: Reconstruction) -> Objective:
@@ -188,37 +162,6 @@ class MatchingAttack(Attack):
         if log.isEnabledFor(logging.INFO) and iteration % max(self.iterations // 10, 1) == 0:
             log.info("%s: iteration %d of %d: %.4g", self.name, iteration, self.iterations, min(totals))
 
-    def _known(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
-        """What is known beforehand: labels (N, K), granted or found; the label attack's reason if not."""
-        if self.labels == JOINT:
-            return Reconstruction(Outcome.OK)
-        if self.labels != TRUTH:
-            return ask(self.labels, "labels", observation, rng)
-        if observation.knowledge.soft_labels is None:
-            raise ValueError("labels='truth' needs the true labels: grant knowledge = ['soft_labels']")
-        return Reconstruction(Outcome.OK, observation.knowledge.soft_labels)
-
-    def _lacks(self, given: Reconstruction) -> bool:
-        """Whether without it there is no image."""
-        return self.labels != JOINT and given.soft_labels is None
-
-
-def ask(spec: str, parameter: str, observation: Observation, rng: torch.Generator) -> Reconstruction:
-    """What another attack finds; it sees what it reads and is granted what it uses."""
-    attack = registry.attacks.make(spec)
-    seen = replace(
-        observation,
-        update=mask(observation.update, observation.head, attack.reads),
-        knowledge=grant(observation.knowledge, attack.uses),
-    )
-    found = attack.run(seen, rng)
-    notes = dict(found.notes)
-    if found.outcome is not Outcome.OK:
-        notes["reason"] = f"{parameter}={spec!r}: {notes.get('reason') or found.outcome.value}"
-    elif found.soft_labels is None and found.features is None:
-        raise TypeError(f"{parameter}={spec!r} returned no labels and said that all is well")
-    return Reconstruction(found.outcome, found.soft_labels, found.features, notes=notes)
-
 
 @dataclass(frozen=True)
 class DeepLeakage(MatchingAttack):
@@ -304,12 +247,3 @@ def in_box(function: Function) -> Function:
         return Value(value.total, value.distance, (slope, *value.slopes[1:]))
 
     return boxed
-
-
-@contextmanager
-def drawing_from(rng: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Whatever draws from torch's global generator inside (dropout in train mode) follows `rng`."""
-    seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

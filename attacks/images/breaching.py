@@ -30,8 +30,6 @@ takes seconds, and happens in the first trial.
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -39,11 +37,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from attacks.images._labels import JOINT, LENGTH, TRUTH, GivenLabels, drawing_from
 from bench import registry
-from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction, grant, mask
+from bench.threat import Facts, Observation, Outcome, Reconstruction
 from bench.torchvision_ops import ensure_importable
 
-TRUTH, JOINT = "truth", "joint"
 JOINT_PRESETS = ("deepleakage", "tag")
 BIAS_PRESETS = ("legacy", "modern")
 
@@ -53,7 +51,7 @@ UNITS = {1: ((0.1307,), (0.3081,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.
 
 @registry.attacks.register
 @dataclass(frozen=True)
-class Breaching(Attack):
+class Breaching(GivenLabels):
     """Geiping et al., the breaching library: its configurations, one a spec.
 
     It works in units of natural images' deviation, as its step lengths and weights are meant.
@@ -100,24 +98,7 @@ class Breaching(Attack):
                 f"preset={self.preset!r} with labels={self.labels!r}: "
                 f"{' and '.join(JOINT_PRESETS)} move labels along with images, labels='joint'; no other does"
             )
-        attack = self._label_attack
-        if attack is not None and "soft_labels" not in attack.produces:
-            raise ValueError(f"labels={self.labels!r} is an attack that finds no labels")
-        # What depends on `labels` stands on the instance, before the class's own.
-        truth = frozenset({"soft_labels"} if self.labels == TRUTH else ())
-        uses = truth if attack is None else attack.uses
-        object.__setattr__(self, "uses", uses | {"local_steps", "local_lr"})
-        object.__setattr__(self, "produces", type(self).produces - truth)
-
-    @property
-    def _label_attack(self) -> Attack | None:
-        """The attack that `labels` names, if it names one."""
-        return None if self.labels in (TRUTH, JOINT) else registry.attacks.make(self.labels)
-
-    @property
-    def builds_on(self) -> tuple[str, ...]:
-        """The label attack."""
-        return () if self.labels in (TRUTH, JOINT) else (self.labels,)
+        self._take_labels(LENGTH)
 
     def skip(self, facts: Facts) -> str | None:
         """The packages, every gradient, what the preset reads, and what its labels need."""
@@ -130,15 +111,11 @@ class Breaching(Attack):
         if self.preset in BIAS_PRESETS and not facts.head_bias:
             return f"preset={self.preset!r} needs a last layer with a bias: it divides by its gradient"
         if facts.protocol.startswith("fedavg"):
-            if not {"local_steps", "local_lr"} <= facts.granted:
+            if not facts.granted >= LENGTH:
                 return "needs the client's steps and rate: grant knowledge = ['local_steps', 'local_lr']"
             if self.labels == JOINT:
                 return "moves its labels in single steps alone"
-        if self.labels == TRUTH and "soft_labels" not in facts.granted:
-            return "needs the true labels: grant knowledge = ['soft_labels']"
-        attack = self._label_attack
-        reason = None if attack is None else attack.skip(facts)
-        return None if reason is None else f"labels={self.labels!r}: {reason}"
+        return super().skip(facts)
 
     def run(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         """Images (N, C, H, W), and soft labels (N, K) unless they were granted.
@@ -153,39 +130,18 @@ class Breaching(Attack):
             return _no_image(f"the gradient of {missing[0]} was not sent")
         if not any(bool(value.any()) for value in observation.update.values()):
             return _no_image("the update is zero")
-        labels, notes = None, {}
-        if self.labels != JOINT:
-            found = self._find_labels(observation, rng)
-            if found.soft_labels is None:
-                return found
-            labels, notes = found.soft_labels.to(observation.head_weight), found.notes
-
-        with _drawing_from(rng, observation.head_weight.device), warnings.catch_warnings():
+        given = self._known(observation, rng)
+        if self._lacks(given):
+            return replace(given, features=None)
+        labels = None if given.soft_labels is None else given.soft_labels.to(observation.head_weight)
+        with drawing_from(rng, observation.head_weight.device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of schedulers, which users can't change
             images, moved, loss = self._reconstruct(observation, labels)
         labels = moved if self.labels == JOINT else labels if self.labels != TRUTH else None
-        notes = notes | {"loss": loss}
+        notes = given.notes | {"loss": loss}
         if not loss < float("inf"):
             return Reconstruction(Outcome.DIVERGED, soft_labels=labels, notes=notes)
         return Reconstruction(Outcome.STEP_LIMIT, soft_labels=labels, images=images, notes=notes)
-
-    def _find_labels(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
-        """Soft labels (N, K), granted or found; None with the label attack's reason where it finds none."""
-        attack = self._label_attack
-        if attack is None:
-            if observation.knowledge.soft_labels is None:
-                raise ValueError("labels='truth' needs the true labels: grant knowledge = ['soft_labels']")
-            return Reconstruction(Outcome.OK, observation.knowledge.soft_labels)
-        seen = replace(
-            observation,
-            update=mask(observation.update, observation.head, attack.reads),
-            knowledge=grant(observation.knowledge, attack.uses),
-        )
-        found = attack.run(seen, rng)
-        notes, outcome = dict(found.notes), found.outcome
-        if outcome is not Outcome.OK:
-            notes["reason"] = f"labels={self.labels!r}: {notes.get('reason') or outcome.value}"
-        return Reconstruction(outcome, found.soft_labels, notes=notes)
 
     def _configuration(self, dtype: torch.dtype) -> Any:
         """The preset over breaching's defaults, read as files: its own loader has a global state."""
@@ -320,12 +276,3 @@ def _watched(attacker: Any) -> list[tuple[float, Tensor]]:
 
     attacker._run_trial, attacker._score_trial = run, score
     return ends
-
-
-@contextmanager
-def _drawing_from(rng: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Whatever draws from torch's global generator inside follows `rng`."""
-    seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attacks.images._matching import JOINT, DeepLeakage
+from attacks.images._labels import JOINT
+from attacks.images._matching import DeepLeakage
 from bench import registry
 
 

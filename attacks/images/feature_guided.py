@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attacks.images._matching import MatchingAttack, ask, check, gradients
+from attacks.images._labels import ask
+from attacks.images._matching import MatchingAttack, check, gradients
 from attacks.solvers.gradient_matching import Objective
 from attacks.solvers.matching_objectives import Cosine, FeaturePull, TotalVariation
 from attacks.solvers.matching_optimisers import Descent, Method, SignedAdam, Variables

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attacks.images._matching import LENGTH, MatchingAttack, check
+from attacks.images._labels import LENGTH
+from attacks.images._matching import MatchingAttack, check
 from attacks.solvers.gradient_matching import ONE_GRADIENT, DoubleBackward, LocalSteps, Objective
 from attacks.solvers.matching_objectives import Cosine, TotalVariation
 from attacks.solvers.matching_optimisers import Method, SignedAdam
