@@ -85,7 +85,9 @@ MAY_IMPORT = {
     "bench": ("bench",),
     "attacks.solvers": ("attacks.solvers",),
     "attacks.images": (
-        "attacks.images._matching",  # the base of attacks by gradient matching
+        "attacks.images._after_lambda",  # the base of attacks that go from the head down
+        "attacks.images._labels",  # the base of attacks that are given labels
+        "attacks.images._matching",  # that of attacks by gradient matching
         "attacks.solvers",
         "bench.registry",
         "bench.threat",

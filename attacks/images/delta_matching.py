@@ -19,12 +19,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from attacks.images._after_lambda import AfterLambda
 from attacks.solvers import known_delta
-from attacks.solvers.head import Head, recover_head
+from attacks.solvers.head import Head
 from attacks.solvers.known_delta import Candidate, KnownDelta, Network
 from attacks.solvers.layers import NotInvertibleError, activation_of
 from bench import registry
-from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction
+from bench.threat import Observation, Outcome, Reconstruction
 
 ELEMENTWISE = (nn.ReLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU)
 ERRORS = 3
@@ -41,7 +42,7 @@ SINGLE = 5e-6
 
 @registry.attacks.register
 @dataclass(frozen=True)
-class DeltaMatching(Attack):
+class DeltaMatching(AfterLambda):
     """Ours: signed Adam to the neighbourhood, Gauss-Newton to the image itself, restarts until it fits.
 
     Attributes:
@@ -59,8 +60,6 @@ class DeltaMatching(Attack):
     name: ClassVar[str] = "delta_matching"
     title: ClassVar[str] = "δ-matching"
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.03124"
-    produces: ClassVar[frozenset[str]] = frozenset({"soft_labels", "features", "images"})
-    uses: ClassVar[frozenset[str]] = frozenset({"label_format"})
 
     iterations: int = 1000
     lr: float = 0.03
@@ -84,48 +83,11 @@ class DeltaMatching(Attack):
         if not 0 < self.tolerance < float("inf"):
             raise ValueError(f"tolerance={self.tolerance} is not a number above 0; 1e-4 is usual")
 
-    @property
-    def builds_on(self) -> tuple[str, ...]:
-        """λ-recovery."""
-        return ("lambda_recovery",)
-
-    def skip(self, facts: Facts) -> str | None:
-        """One example, its gradient rather than the sum of local steps, and all of it."""
-        if facts.batch_size != 1:
-            return f"needs a batch of one, got {facts.batch_size}"
-        if facts.protocol.startswith(("fedavg", "head_withheld")):
-            return f"needs the whole gradient of one step, got {facts.protocol}"
-        return None
-
-    def run(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
-        """Soft labels (1, K), features (1, D) and images (1, C, H, W).
-
-        `STEP_LIMIT` where every start ended with a misfit beyond the tolerance, with the best answer.
-        `UNIDENTIFIABLE`, with the reason in the notes and whatever was found, where the architecture hides δ,
-        or the label isn't determined.
-        """
-        found = Reconstruction(Outcome.UNIDENTIFIABLE)
-        for name, sent in observation.update.items():
-            if not bool(sent.isfinite().all()):
-                reason = f"the gradient of {name} is not finite"
-                return replace(found, outcome=Outcome.DIVERGED, notes={"reason": reason})
-        try:
-            head = recover_head(
-                observation.head_weight_gradient,
-                observation.head_weight,
-                observation.head_bias,
-                observation.head_bias_gradient,
-                observation.knowledge.label_format,
-            )
-            found = replace(
-                found,
-                soft_labels=None if head.soft_labels is None else head.soft_labels[None],
-                features=head.features[None].to(observation.head_weight),
-                notes=head.notes,
-            )
-            pose = Pose(observation, head, rng)
-        except NotInvertibleError as error:
-            return replace(found, notes=found.notes | {"reason": str(error)})
+    def _with_image(
+        self, found: Reconstruction, head: Head, observation: Observation, rng: torch.Generator
+    ) -> Reconstruction:
+        """`STEP_LIMIT` where every start ended with a misfit beyond the tolerance, with the best answer."""
+        pose = Pose(observation, head, rng)
         best, starts = self._search(pose, head.noise, observation, rng)
         outcome, reason = Outcome.OK, head.doubt
         if not best.misfit <= self._explained(head.noise):

@@ -18,16 +18,17 @@ from typing import ClassVar
 
 import torch
 
+from attacks.images._after_lambda import AfterLambda
 from attacks.solvers import layerwise
-from attacks.solvers.head import recover_head
+from attacks.solvers.head import Head
 from attacks.solvers.layers import NotInvertibleError, Row, trace
 from bench import registry
-from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction
+from bench.threat import Observation, Outcome, Reconstruction
 
 
 @registry.attacks.register
 @dataclass(frozen=True)
-class Layerwise(Attack):
+class Layerwise(AfterLambda):
     """Ours: R-GAP's recursion from λ's label and feature, each equation weighted by its error; in float64.
 
     Attributes:
@@ -38,8 +39,6 @@ class Layerwise(Attack):
     name: ClassVar[str] = "layerwise"
     title: ClassVar[str] = "Layer by layer"
     paper: ClassVar[str] = "https://arxiv.org/abs/2010.07733"
-    produces: ClassVar[frozenset[str]] = frozenset({"soft_labels", "features", "images"})
-    uses: ClassVar[frozenset[str]] = frozenset({"label_format"})
 
     tolerance: float = 0.1
 
@@ -47,49 +46,13 @@ class Layerwise(Attack):
         if not 0 < self.tolerance < float("inf"):
             raise ValueError(f"tolerance={self.tolerance} is not a number above 0; 0.1 leaves some 25 dB")
 
-    @property
-    def builds_on(self) -> tuple[str, ...]:
-        """λ-recovery."""
-        return ("lambda_recovery",)
-
-    def skip(self, facts: Facts) -> str | None:
-        """One example, its gradient rather than the sum of local steps, and all of it."""
-        if facts.batch_size != 1:
-            return f"needs a batch of one, got {facts.batch_size}"
-        if facts.protocol.startswith(("fedavg", "head_withheld")):
-            return f"needs the whole gradient of one step, got {facts.protocol}"
-        return None
-
-    def run(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
-        """Soft labels (1, K), features (1, D) and images (1, C, H, W).
-
-        `UNIDENTIFIABLE`, with the reason in the notes and whatever was found, where the architecture can't be
-        undone, the label isn't determined, or the gradient contradicts the answer.
-        """
-        found = Reconstruction(Outcome.UNIDENTIFIABLE)
-        for name, sent in observation.update.items():
-            if not bool(sent.isfinite().all()):
-                reason = f"the gradient of {name} is not finite"
-                return replace(found, outcome=Outcome.DIVERGED, notes={"reason": reason})
-        try:
-            head = recover_head(
-                observation.head_weight_gradient,
-                observation.head_weight,
-                observation.head_bias,
-                observation.head_bias_gradient,
-                observation.knowledge.label_format,
-            )
-            found = replace(
-                found,
-                soft_labels=None if head.soft_labels is None else head.soft_labels[None],
-                features=head.features[None].to(observation.head_weight),
-                notes=head.notes,
-            )
-            row = trace(observation.model, observation.head, observation.facts.image_shape, rng)
-            layerwise.check(row)
-            first, misfit = layerwise.solve(row, sent_gradients(observation, row), head.features)
-        except NotInvertibleError as error:
-            return replace(found, notes=found.notes | {"reason": str(error)})
+    def _with_image(
+        self, found: Reconstruction, head: Head, observation: Observation, rng: torch.Generator
+    ) -> Reconstruction:
+        """`UNIDENTIFIABLE`, too, where the gradient contradicts the answer."""
+        row = trace(observation.model, observation.head, observation.facts.image_shape, rng)
+        layerwise.check(row)
+        first, misfit = layerwise.solve(row, sent_gradients(observation, row), head.features)
         pixels = (first - row.offset) / row.scale
         reason = head.doubt
         if not reason and not misfit <= self.tolerance:

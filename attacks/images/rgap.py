@@ -10,11 +10,12 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import one_hot
 
+from attacks.images._after_lambda import OneExample
 from attacks.solvers.layers import NotInvertibleError, trace
 from attacks.solvers.layerwise import SentGradient, check
 from attacks.solvers.recursive import head_input, solve
 from bench import registry
-from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction
+from bench.threat import Observation, Outcome, Reconstruction
 
 TOLERANCE = 0.1
 """How far outside [0, 1] pixels may lie before the answer contradicts itself."""
@@ -22,21 +23,12 @@ TOLERANCE = 0.1
 
 @registry.attacks.register
 @dataclass(frozen=True)
-class RGAP(Attack):
+class RGAP(OneExample):
     """Zhu, Blaschko 2021, in float64; the label is taken for hard, as theirs is; no batch norm or pooling."""
 
     name: ClassVar[str] = "rgap"
     title: ClassVar[str] = "R-GAP"
     paper: ClassVar[str] = "https://arxiv.org/abs/2010.07733"
-    produces: ClassVar[frozenset[str]] = frozenset({"soft_labels", "features", "images"})
-
-    def skip(self, facts: Facts) -> str | None:
-        """One example's whole gradient; the net's rank is counted in `run`, which sees it."""
-        if facts.batch_size != 1:
-            return f"needs a batch of one, got {facts.batch_size}"
-        if facts.protocol.startswith(("fedavg", "head_withheld")):
-            return f"needs the whole gradient of one step, got {facts.protocol}"
-        return None
 
     def run(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         """Soft labels (1, K), features (1, D) and images (1, C, H, W).
