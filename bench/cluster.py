@@ -54,6 +54,7 @@ STARTS = 3
 
 SETTINGS = {
     "distributed.deploy.lost-worker-timeout": "60s",  # a busy machine takes its time to start one again
+    "distributed.nanny.pre-spawn-environ": {},  # Dask's makes malloc slow: it hands all memory back
     "distributed.scheduler.allowed-failures": DEATHS,
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.scheduler.work-stealing": False,

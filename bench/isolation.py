@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from bench import registry
 from bench.cases import models
 from bench.cases.client import FedSGDClient
+from bench.errors import UserError
 from bench.threat import Attack, Batch, Facts, Knowledge, Observation, Outcome, Reconstruction, Update
 
 PARTS = ("soft_labels", "features", "images")
@@ -205,6 +206,9 @@ def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:
 MODELS = 2
 """How many models a process keeps between questions."""
 
+STARTS = 3
+"""How often a process is tried to be started."""
+
 LOOKS = 0.05
 """Seconds between two looks at how much memory an attack's process holds."""
 
@@ -314,9 +318,22 @@ class AttackProcess:
         return _received(self._connection, most, deadline, limits.memory, self._process.pid)
 
     def make_ready(self) -> None:
-        """Starts the process where it isn't there: seconds, which are nobody's trial's."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
+        """Starts the process where it isn't there: seconds, which are nobody's trial's.
+
+        Raises:
+            UserError: it ends as it starts, again and again.
+        """
+        for _ in range(STARTS):
+            if self._process is not None and self._process.poll() is None:
+                return
+            with contextlib.suppress(EOFError):  # somebody killed it meanwhile
+                self._start()
+                return
+            assert self._process is not None
+            code = self._process.wait()
+        raise UserError(
+            f"a process for attacks ends as it starts, with code {code}; does `leakbench info` work here?"
+        )
 
     def _start(self) -> None:
         _hide_memory()
@@ -511,25 +528,27 @@ class _Model:
         built = models.build(asked.model, asked.image_shape, asked.num_classes, seed=0)
         prepare = registry.defenses.make(asked.defense).prepare
         built = prepare(built, torch.Generator(device="cpu").manual_seed(0)).eval()
-        self._skeleton = FedSGDClient.with_batch_norm(built, asked.batch_norm).model.to("meta")
+        self._skeleton = FedSGDClient.with_batch_norm(built, asked.batch_norm).model
+        self._parameters = frozenset(name for name, _ in self._skeleton.named_parameters())
         self._tied, self._frozen, self._weights = text["tied"], frozenset(text["frozen"]), weights
+        for name in self._tied:
+            self._give(self._skeleton, name, None)  # copied for each question: the less, the faster
 
     def whole(self, device: str) -> nn.Module:
         """A copy of its own."""
         model = copy.deepcopy(self._skeleton)
         tensors = {name: one.to(device) for name, one in safetensors.torch.load(self._weights).items()}
-        parameters = {
-            name: nn.Parameter(tensors[name], requires_grad=name not in self._frozen)
-            for name, _ in model.named_parameters()
-        }
+        for name in self._parameters:
+            tensors[name] = nn.Parameter(tensors[name], requires_grad=name not in self._frozen)
         for name, source in self._tied.items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            if source in parameters:
-                module._parameters[leaf] = parameters[source]
-            else:
-                module._buffers[leaf] = tensors[source]
+            self._give(model, name, tensors[source])
         return model
+
+    def _give(self, model: nn.Module, name: str, value: Tensor | None) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        held = module._parameters if leaf in module._parameters else module._buffers
+        held[leaf] = value
 
 
 def _architecture(text: dict[str, Any]) -> Architecture:

@@ -42,7 +42,8 @@ class Quantization(Defense):
         levels = 2 ** (self.bits - 1) - 1
         largest = value.abs().amax()
         scale = torch.where(largest > 0, largest, 1)
-        position = value.abs() / scale * levels
+        position = value.abs().div_(scale).mul_(levels)
         drawn = torch.rand(value.shape, generator=rng, dtype=value.dtype, device=rng.device)
-        level = position.floor() + (drawn.to(value.device) < position.frac())
-        return value.sign() * level / levels * scale
+        level = position.floor()
+        level += (drawn.to(value.device) < position.sub_(level)).to(value.dtype)
+        return level.div_(levels).mul_(scale).copysign_(value)

@@ -43,6 +43,7 @@ name = "scale"
 [[blocks]]
 dataset = "{dataset}"
 model = "{model}"
+weight_seed = {seeds}
 defense = {defenses}
 attacks = ["idlg", "lambda_recovery"]
 samples = {samples}
@@ -68,11 +69,14 @@ class Silent:
         """Nothing."""
 
 
-def planned(folder: Path, samples: int, defenses: Sequence[str] = ("none",), **axes: str) -> Plan:
-    """A grid of label attacks."""
+def planned(
+    folder: Path, samples: int, defenses: Sequence[str] = ("none",), seeds: int = 1, **axes: str
+) -> Plan:
+    """A grid of label attacks, on networks of so many seeds."""
     path = folder / "scale.toml"
     given = {"dataset": "mnist5k", "model": "fcn(bias=False)"} | axes
-    path.write_text(GRID.format(samples=samples, defenses=json.dumps(list(defenses)), **given))
+    lists = {"seeds": json.dumps(list(range(seeds))), "defenses": json.dumps(list(defenses))}
+    path.write_text(GRID.format(samples=samples, **lists, **given))
     grid = load_grid(str(path))
     return run.plan(grid, grid, None, "cpu")
 
@@ -119,8 +123,7 @@ def drained(engine: DaskEngine, chunks: Sequence[Chunk], context: Context, folde
 
 def overhead(folder: Path, repeats: int) -> dict[str, float]:
     """Milliseconds a trial: the attacks alone, the clients alone, and the engine with one worker."""
-    samples = 960
-    plan = planned(folder, samples, DEFENSES[:1])
+    plan = planned(folder, 960, DEFENSES[:1], seeds=5)
     chunks, context = chunks_of(plan), plan.context
     trials = sum(chunk.trials for chunk in chunks)
     observed = [work.observe(chunk, context) for chunk in chunks]

@@ -16,6 +16,7 @@ import torch
 from bench import isolation
 from bench.cases import models
 from bench.cases.client import FedSGDClient
+from bench.errors import UserError
 from bench.isolation import GIB, Architecture, AttackProcess, Attempt, Limits
 from bench.threat import Batch, Facts, Knowledge, Observation, Outcome, Reconstruction
 
@@ -411,3 +412,30 @@ def test_what_is_encoded_is_decoded():
     assert found.reconstruction.outcome is Outcome.STEP_LIMIT
     assert found.reconstruction.notes == made.notes
     assert torch.equal(found.reconstruction.soft_labels, made.soft_labels)
+
+
+def test_a_process_that_is_killed_as_it_starts_is_started_again(monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def killed_at_first(*given, **options):
+        process = popen(*given, **options)
+        if not started:
+            process.kill()
+        started.append(process)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", killed_at_first)
+    process = AttackProcess()
+    try:
+        process.make_ready()
+        assert len(started) == 2
+        assert started[1].poll() is None
+    finally:
+        process.stop()
+
+
+def test_a_process_that_never_starts_is_one_line():
+    process = AttackProcess()
+    process._command = ["no_such_module"]
+    with pytest.raises(UserError, match="ends as it starts, with code 1"):
+        process.make_ready()
