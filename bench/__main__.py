@@ -232,7 +232,7 @@ def submit(
 ) -> None:
     """Run one attack from a file on a whole grid, isolated, and write what a pull request needs."""
     from bench import run as runner
-    from bench import submission
+    from bench import sandbox, submission
     from bench.report import leaderboard as boards
     from bench.report import record
     from bench.watcher import Watcher, stoppable
@@ -252,7 +252,8 @@ def submit(
         with _stopped_by_hand(folder), stoppable(), watcher, engine:
             runner.execute(planned, engine, folder, watcher)
     ran = submission.first_samples(record.read(folder), samples)
-    written = submission.publish(mine, full, grid_file, samples, planned, ran, out)
+    kept = "tight" if sandbox.is_tight() else "loose"
+    written = submission.publish(mine, full, grid_file, samples, planned, ran, out, kept)
     beside = submission.references(full, out, written, samples)
     tracks = [name for name in boards.tracks([ran]) if boards.track_named(name).produces in mine.produces]
     _show([ran, *beside], tracks, "table")

@@ -225,8 +225,11 @@ def plan(
 
     wanted: dict[tuple[Scenario, str], int] = {}
     entrants: dict[tuple[Scenario, str], Entrant] = {}
+    asked = asked_of(grid, mine.spec)
     for ((scenario, chance), count), one, skip in zip(base.cells.items(), facts, skips, strict=True):
-        wanted[scenario, mine.spec] = count
+        if scenario not in asked:
+            continue
+        wanted[scenario, mine.spec] = asked[scenario]
         entrants[scenario, mine.spec] = Entrant(
             mine.spec,
             mine.revision,
@@ -242,6 +245,12 @@ def plan(
             entrants[scenario, chance] = base.entrants[scenario, chance]
     context = replace(base.context, hidden=hidden(grid, data_root))
     return mine, replace(base, context=context, cells=wanted, entrants=entrants)
+
+
+def asked_of(grid: Grid, spec: str) -> dict[Scenario, int]:
+    """Scenario -> samples: of an attack that the grid itself names, its own cells; of any other, all."""
+    own = {scenario: count for (scenario, attack), count in cells(grid).items() if attack == spec}
+    return own or {scenario: count for (scenario, _), count in cells(replaced(grid, [CHANCE])).items()}
 
 
 def hidden(grid: Grid, data_root: Path | None) -> tuple[str, ...]:
@@ -357,19 +366,20 @@ def publish(
     planned: Plan,
     ran: record.Run,
     out: Path,
+    kept: str,
 ) -> Path:
     """Writes the attack's records and its manifest; returns the records' file.
 
-    The header asks for all that the grid has, so that a part of it is shown as one.
+    The header asks for all that the grid has, so that a part of it is shown as one. `kept`: how tightly the
+    attack was.
     """
     rows = [row for row in ran.rows if row["attack"] == mine.spec]
-    full = cells(replaced(grid, [CHANCE]))
     asked = planned.header()
     header = Header(
         asked.grid,
         asked.grid_hash,
         asked.title,
-        {f"{scenario.key} {mine.spec}": count for (scenario, _), count in full.items()},
+        {f"{scenario.key} {mine.spec}": count for scenario, count in asked_of(grid, mine.spec).items()},
         asked.scenarios,
         asked.seed,
     )
@@ -400,13 +410,13 @@ def publish(
         records_sha256=hashlib.sha256(content).hexdigest(),
         protocol_version=work.PROTOCOL_VERSION,
         leakbench=importlib.metadata.version("leakbench"),
-        commit=run.commit(),
+        commit=rows[-1]["commit"],
         python=platform.python_version(),
         torch=torch.__version__,
         numpy=np.__version__,
         device=planned.context.device,
         machine=machine(),
-        sandbox="tight" if sandbox.is_tight() else "loose",
+        sandbox=kept,
     )
     path = out / grid.name / mine.label / f"r{mine.revision.partition('/')[0]}.jsonl"
     _write(path, content)

@@ -471,6 +471,16 @@ def _worse(metric: str, before: Any, after: Any) -> float:
 # --- all of it --------------------------------------------------------------------------------------------
 
 
+def inspect(path: Path, data_root: Path | None) -> None:
+    """Raises a UserError where records are not all that their grid asks for; runs no trial."""
+    submitted = read(path)
+    with submission.alone(submitted.code, submitted.code.name) as copy:
+        mine, plan = planned(submitted, copy, data_root)
+    networks = dict.fromkeys(plan.networks.values())
+    weights = {network: work.weights_sha256(network, data_root) for network in networks}
+    check_rows(submitted, mine, plan, chunks_of(mine, plan, weights))
+
+
 def verify(path: Path, salt: str, data_root: Path | None, workers: int) -> list[str]:
     """What was found, in lines for people.
 
