@@ -1,8 +1,9 @@
 """Rendered leaderboards from committed records, the same bytes every time: `python -m bench.publish`.
 
 `results/records/GRID/ATTACK/rN.jsonl` (as `leakbench submit` writes it) is sorted and gzipped beside its
-manifest, and `results/leaderboards/GRID-TRACK.md` and `.csv` are written from all that is there. What papers
-say of themselves is in `results/reported.csv`, and never on a board.
+manifest, and `results/leaderboards/GRID-TRACK.md` and `.csv` are written from all that is there; then the
+pages of `bench.reference`, which quote the boards. What papers say of themselves is in
+`results/reported.csv`, and never on a board.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from bench import reference
 from bench.errors import UserError
 from bench.registry import ROOT
 from bench.report import Results, defenses, load, record, tables
@@ -110,7 +112,11 @@ def _head(grid: str, track: str, question: str, runs: Sequence[Run]) -> str:
 def main() -> None:
     """Says what was written."""
     try:
-        for path in publish(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results"):
+        results = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results"
+        written = publish(results)
+        if len(sys.argv) == 1:
+            written += reference.write(results, ROOT / "docs")
+        for path in written:
             print(path)
     except UserError as error:
         print(f"publish: {error}", file=sys.stderr)
