@@ -316,12 +316,12 @@ def _past(name: str, boards: Sequence[Board]) -> str:
     for board in boards:
         if board.track != "defense":
             continue
-        short = defense_boards.short_names(board.table)
+        short, models = defense_boards.short_names(board.table), _told_apart(board.table["model"].unique())
         mine = board.table[[name in _members(spec) for spec in board.table["defense"]]]
         lines = []
         for row in rows_of(mine):
             cells = defense_boards.cells_of(row, short)
-            network = f"{row['dataset']}, {row['model'].partition('(')[0]}, {row['weights']}"
+            network = f"{row['dataset']}, {models[row['model']]}, {row['weights']}"
             lines.append([network, *(cells[at] for at in kept)])
         if lines:
             heads = ("network", *(defense_boards.HEADS[at] for at in kept))
