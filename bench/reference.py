@@ -129,7 +129,11 @@ Written by `{COMMAND}`; don't edit it by hand."""
 def _attack_in_a_line(name: str) -> list[str]:
     attack = registry.attacks.make(name)
     letter = attack.threat_model
-    return [_summary(type(attack)), _words(attack.produces), f"{letter}, {THREAT_MODELS[letter]}"]
+    return [
+        _summary(type(attack)),
+        _words(attack.produces),
+        f"{letter}, {THREAT_MODELS.get(letter, 'not known')}",
+    ]
 
 
 def _attack_entry(name: str, file: str, boards: Sequence[Board]) -> str:
@@ -137,7 +141,7 @@ def _attack_entry(name: str, file: str, boards: Sequence[Board]) -> str:
     cls, letter = type(attack), attack.threat_model
     facts = [
         f"Recovers: {_words(attack.produces)}.",
-        f"Threat model: [{letter}, {THREAT_MODELS[letter]}](threat_models.md#the-letters). "
+        f"Threat model: [{letter}, {THREAT_MODELS.get(letter, 'not known')}](threat_models.md#the-letters). "
         f"Reads {READS[attack.reads]}.",
         f"Takes, where it is granted: {'; '.join(_knowledge(attack)) or 'nothing'}.",
         *_needs_line(name, attack),
@@ -149,7 +153,7 @@ def _attack_entry(name: str, file: str, boards: Sequence[Board]) -> str:
         f"### {name}",
         _described(cls, attack.title),
         "\n".join(f"- {fact}" for fact in facts),
-        *_parameters(cls),
+        *_parameters(attack),
         reached or "Reached: not on a published board yet.",
     ]
     return "\n\n".join(parts)
@@ -296,7 +300,7 @@ def _defense_entry(name: str, boards: Sequence[Board], costs: Sequence[dict[str,
         f"### {name}",
         _described(cls, defense.title),
         "\n".join(f"- {fact}" for fact in facts),
-        *_parameters(cls),
+        *_parameters(defense),
         _past(name, boards) or "Got past it: not on a published board yet.",
         _cost(name, costs) or "Cost: not measured yet.",
     ]
@@ -392,7 +396,7 @@ def _code(file: str) -> str:
 
 def _opening(cls: type) -> tuple[str, str]:
     """What the module's first paragraph says, and the name before its colon, which may be empty."""
-    first = _line(_paragraphs(_module_doc(cls))[0])
+    first = _line(_module_doc(cls).partition("\n\n")[0])
     name, colon, rest = first.partition(": ")
     return (rest, name) if colon and len(name.split()) <= 3 else (first, "")
 
@@ -406,9 +410,10 @@ def _described(cls: type, title: str) -> str:
     """What module and class say, but for the parameters."""
     opening, name = _opening(cls)
     said = [*_paragraphs(_module_doc(cls))[1:], *_paragraphs(inspect.getdoc(cls) or "")]
-    shown = [_markdown(text) for text in said if not text.startswith("Attributes:")]
+    generated = f"{cls.__name__}("  # what a dataclass says of itself where nobody did
+    shown = [_markdown(text) for text in said if not text.startswith(("Attributes:", generated))]
     first = f"**{_escaped(title)}{':' if name else '.'}** {_markdown(opening)}"
-    return "\n\n".join([first, *shown])
+    return "\n\n".join([first.rstrip(), *shown])
 
 
 def _module_doc(cls: type) -> str:
@@ -455,17 +460,17 @@ def _attributes(cls: type) -> dict[str, str]:
     return meanings
 
 
-def _parameters(cls: type) -> list[str]:
+def _parameters(member: Any) -> list[str]:
     """A table; nothing where there are none."""
-    fields = [field for field in dataclasses.fields(cls) if field.init]
+    fields = [field for field in dataclasses.fields(member) if field.init]
     if not fields:
         return []
-    hints, meanings = typing.get_type_hints(cls), _attributes(cls)
+    hints, meanings = typing.get_type_hints(type(member)), _attributes(type(member))
     rows = [
         [
             f"`{field.name}`",
             _type(hints[field.name]),
-            f"`{field.default!r}`",
+            f"`{getattr(member, field.name)!r}`",
             _escaped(meanings.get(field.name, "")),
         ]
         for field in fields

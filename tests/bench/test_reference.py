@@ -116,6 +116,25 @@ def test_what_a_class_inherits_is_explained_by_its_base(unpublished):
     assert "Runs" not in labels
 
 
+def test_a_class_that_says_nothing_of_itself_has_an_entry_all_the_same(tmp_path):
+    (tmp_path / "bare.py").write_text(
+        "from dataclasses import dataclass\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Bare:\n"
+        "    name = 'bare'\n"
+        "    title = 'Bare'\n"
+        "    produces = frozenset({'images'})\n"
+        "    threat_model = 'Z'\n"
+        "    share: float = 0.5\n\n"
+        "    def run(self, observation, rng):\n"
+        "        pass\n"
+    )
+    text = reference._attack_entry(f"{tmp_path}/bare.py:Bare", "attacks/images/bare.py", [])
+    assert "**Bare.**\n\n- Recovers: images." in text
+    assert "Z, not known" in text
+    assert "| `share` | float | `0.5` |" in text
+
+
 def test_text_is_no_markup_by_accident():
     assert reference._escaped("min ‖∇L - ∇*‖² of ∇*, x_i and (x)_i, `a*b`") == (
         r"min ‖∇L - ∇\*‖² of ∇\*, x_i and (x)\_i, `a*b`"
