@@ -547,7 +547,7 @@ class _Model:
     def _give(self, model: nn.Module, name: str, value: Tensor | None) -> None:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        held = module._parameters if leaf in module._parameters else module._buffers
+        held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
         held[leaf] = value
 
 

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "bench.isolation": (
         "bench.cases.client",
         "bench.cases.models",
+        "bench.errors",
         "bench.registry",
         "bench.threat",
     ),

@@ -49,6 +49,9 @@ FAILED: Mapping[str, Mapping[str, float | bool]] = {
     "images": {"identified": 0.0},
 }
 """The columns of something that an attack should have returned and didn't; its errors have no value."""
+EXACT_PSNR = 200.0
+"""In dB: what an exact image counts beside inexact ones of its batch."""
+
 IMAGE_WEIGHT = 1e-3
 """What an image's mean squared error adds to a label's L1 distance: it decides among labels that agree."""
 
@@ -166,10 +169,17 @@ def label_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
 
 
 def _image_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
-    columns = {metric.__name__: metric(predicted, true).mean() for metric in (mse, psnr, psnr_8bit, ssim)}
+    columns = {metric.__name__: metric(predicted, true).mean() for metric in (mse, ssim)}
+    columns |= {metric.__name__: _mean_of_decibels(metric(predicted, true)) for metric in (psnr, psnr_8bit)}
     if lpips_available():
         columns["lpips"] = lpips_distance(predicted, true).mean()
     return columns
+
+
+def _mean_of_decibels(values: Tensor) -> Tensor:
+    """(N,) -> (); infinite where all images are exact, else at most `EXACT_PSNR` each."""
+    exact = values.isposinf()
+    return values.mean() if exact.all() else values.clamp(max=EXACT_PSNR).mean()
 
 
 def _private_image_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:

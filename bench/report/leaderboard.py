@@ -48,8 +48,9 @@ WORST = {
 }
 """What a trial without an answer scores; λ's error isn't here: it is the mean over those who gave a λ."""
 
+
 EXACT_PSNR = 200.0
-"""In dB; also the most that an image which is nearly exact scores."""
+"""In dB; also the most that an image which is nearly exact scores. As `metrics` has it within a batch."""
 
 CHANCE = "random_labels"
 """The attack that guesses: people see it last."""
@@ -63,6 +64,7 @@ class Track:
         name: as on the command line.
         produces: what an attack must produce to be on it, as in `Attack.produces`.
         ranks_by: the metric that ranks; higher is better.
+        finest: the difference in it that counts: less is rounding.
         answered: the metric that every trial with such an answer has.
         optional: metrics of an answer that not every attack or installation has.
         metrics: all that is shown of an answer.
@@ -72,6 +74,7 @@ class Track:
     name: str
     produces: str
     ranks_by: str
+    finest: float
     answered: str
     metrics: tuple[str, ...]
     optional: tuple[str, ...]
@@ -80,21 +83,21 @@ class Track:
 
 _TRACKS = {
     "label": Track(
-        "label", "soft_labels", "success", "success",
+        "label", "soft_labels", "success", 0.0, "success",
         ("success", "label_error", "label_l1", "top1", "class_existence", "class_counts",
          "class_counts_exact", "lam_error", "format_found", "private_top1"),
         ("lam_error", "format_found", "private_top1"),
         "trials in which every soft label is recovered (within 0.01), with 95 % intervals",
     ),
     "image": Track(
-        "image", "images", "psnr", "mse",
+        "image", "images", "psnr", 0.1, "mse",
         ("mse", "psnr", "psnr_8bit", "ssim", "lpips", "identified", "private_mse", "private_ssim",
          "private_lpips"),
         ("lpips", "identified", "private_mse", "private_ssim", "private_lpips"),
         f"how near the images are, with 95 % intervals; an exact image counts as {EXACT_PSNR:.0f} dB",
     ),
     "feature": Track(
-        "feature", "features", "feature_cosine", "feature_cosine",
+        "feature", "features", "feature_cosine", 1e-6, "feature_cosine",
         ("feature_error", "feature_cosine"),
         (),
         "how near the last layer's inputs are, with 95 % intervals",
@@ -371,7 +374,7 @@ def _with_ranks(board: pd.DataFrame, scored: pd.DataFrame, track: Track) -> pd.D
     board = board.assign(rank=pd.array([pd.NA] * len(board), dtype="Int64"))
     scores = scored.groupby(["cell", "sample"])[track.ranks_by].mean().unstack("sample")
     for _, group in board[board["complete"]].groupby(list(_GROUP), sort=False):
-        board.loc[group.index, "rank"] = statistics.ranks(scores.loc[group["cell"]].to_numpy())
+        board.loc[group.index, "rank"] = statistics.ranks(scores.loc[group["cell"]].to_numpy(), track.finest)
     return board
 
 

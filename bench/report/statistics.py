@@ -93,7 +93,7 @@ def clustered_bootstrap(
     return float(low), float(high)
 
 
-def paired_p_value(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+def paired_p_value(a: npt.ArrayLike, b: npt.ArrayLike, finest: float = 0.0) -> float:
     """The two-sided p-value that two attacks do equally well on the observations that they share.
 
     McNemar's exact test for outcomes of 0 and 1, Wilcoxon's signed-rank test otherwise. No difference at
@@ -102,13 +102,13 @@ def paired_p_value(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     Args:
         a: (n,), the scores of one attack; NaN where it was not tried.
         b: (n,), those of the other, on the same observations.
+        finest: a difference of no more is none.
     """
-    a, b = _shared(a, b)
-    difference = a - b
+    difference = _differences(a, b, finest)
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
     if wins + losses == 0:
         return 1.0
-    if np.isin((a, b), (0.0, 1.0)).all():
+    if np.isin(_shared(a, b), (0.0, 1.0)).all():
         return min(1.0, 2 * float(special.bdtr(min(wins, losses), wins + losses, 0.5)))
     return float(stats.wilcoxon(difference[difference != 0]).pvalue)
 
@@ -121,10 +121,16 @@ def _shared(a: npt.ArrayLike, b: npt.ArrayLike) -> tuple[Floats, Floats]:
     return first[both], second[both]
 
 
-def _leaning(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+def _differences(a: npt.ArrayLike, b: npt.ArrayLike, finest: float) -> Floats:
+    first, second = _shared(a, b)
+    difference = first - second
+    return np.where(np.abs(difference) <= finest, 0.0, difference)
+
+
+def _leaning(a: npt.ArrayLike, b: npt.ArrayLike, finest: float) -> float:
     """Above 0 where `a` does better: Wilcoxon's signed ranks, which for 0/1 is wins against losses."""
-    a, b = _shared(a, b)
-    difference = (a - b)[a != b]
+    difference = _differences(a, b, finest)
+    difference = difference[difference != 0]
     return float((np.sign(difference) * stats.rankdata(np.abs(difference))).sum())
 
 
@@ -142,13 +148,14 @@ def holm(p_values: npt.ArrayLike) -> Floats:
     return adjusted
 
 
-def ranks(scores: npt.ArrayLike) -> npt.NDArray[np.int64]:
+def ranks(scores: npt.ArrayLike, finest: float = 0.0) -> npt.NDArray[np.int64]:
     """An attack's rank: 1 + how many attacks do significantly better, so that ties share a rank.
 
     Each pair is compared on the observations that both were tried on; the tests are Holm-corrected.
 
     Args:
         scores: (attacks, observations), higher is better, NaN where an attack was not tried.
+        finest: a difference of no more is none.
 
     Returns:
         (attacks,), from 1.
@@ -156,8 +163,8 @@ def ranks(scores: npt.ArrayLike) -> npt.NDArray[np.int64]:
     table = np.asarray(scores, dtype=np.float64)
     placed = np.ones(len(table), dtype=np.int64)
     pairs = list(itertools.combinations(range(len(table)), 2))
-    p_values = holm([paired_p_value(table[one], table[other]) for one, other in pairs])
+    p_values = holm([paired_p_value(table[one], table[other], finest) for one, other in pairs])
     for (one, other), p_value in zip(pairs, p_values, strict=True):
         if p_value < SIGNIFICANCE:
-            placed[other if _leaning(table[one], table[other]) > 0 else one] += 1
+            placed[other if _leaning(table[one], table[other], finest) > 0 else one] += 1
     return placed

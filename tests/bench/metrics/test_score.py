@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.metrics import COLUMNS, score
+from bench.metrics import COLUMNS, EXACT_PSNR, score
 from bench.metrics.images import lpips_available
 from bench.threat import Batch
 
@@ -41,6 +41,16 @@ def test_the_truth_in_any_order_scores_perfectly(n):
     assert found["psnr"] is None  # an exact image has none
     assert found["lpips"] == found["private_lpips"]
     assert (found["lpips"] == 0) if lpips_available() else (found["lpips"] is None)
+
+
+def test_an_exact_image_beside_an_inexact_one_counts_as_200_db():
+    released = batch(2)
+    images = released.images.clone()
+    images[1] = (images[1] + 0.1).clamp(max=1)
+    found = score(released.soft_labels, None, images, released, released, None)
+    other = -10 * (images[1] - released.images[1]).double().square().mean().log10()
+    assert found["psnr"] == pytest.approx((EXACT_PSNR + float(other)) / 2)
+    assert found["psnr_8bit"] == pytest.approx(found["psnr"], abs=0.2)
 
 
 def test_examples_with_one_label_are_matched_on_their_images():

@@ -7,9 +7,10 @@ import math
 import pandas as pd
 import pytest
 
+from bench import metrics
 from bench.errors import UserError
 from bench.report import record
-from bench.report.leaderboard import FAILED, TRACKS, WORST, leaderboard, tracks
+from bench.report.leaderboard import EXACT_PSNR, FAILED, TRACKS, WORST, leaderboard, tracks
 from bench.report.record import METRICS, SCENARIO, Header, Record
 from bench.report.statistics import wilson
 from bench.report.tables import render
@@ -433,3 +434,7 @@ def test_what_tells_two_of_one_name_apart_is_shown_though_it_is_a_default(table)
     )
     assert "'exact'" in text
     assert "'pso'" in text
+
+
+def test_an_exact_image_counts_the_same_alone_and_in_a_batch():
+    assert EXACT_PSNR == metrics.EXACT_PSNR

@@ -133,6 +133,13 @@ def test_ties_share_a_rank_and_the_next_one_counts_them():
     assert ranks([never, always, always, never]).tolist() == [3, 1, 1, 3]
 
 
+def test_what_is_rounding_is_no_lead():
+    exact = np.full(50, 1.0)
+    assert ranks([exact, exact - 1e-15]).tolist() == [1, 2]
+    assert ranks([exact, exact - 1e-15], finest=1e-6).tolist() == [1, 1]
+    assert ranks([exact, exact - 1e-3], finest=1e-6).tolist() == [1, 2]
+
+
 def test_a_lead_that_chance_explains_is_a_tie():
     a, b = np.zeros(50), np.zeros(50)
     a[:4] = 1  # p = 1/8
