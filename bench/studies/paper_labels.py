@@ -48,10 +48,7 @@ SMALL = (
     ("lenet(bias=False, init='default', activation='relu')", "trained"),
     ("resnet18(bias=False, stem='imagenet')", "epochs=3"),
 )
-LARGE = (
-    ("resnet18(bias=False, stem='imagenet')", "untrained"),
-    ("fcn(bias=False, depth=4)", "untrained"),
-)
+LARGE = (("resnet18(bias=False, stem='imagenet')", "untrained"),)
 WITH_BIAS = (("lenet", "untrained"), ("resnet18", "untrained"))
 LARGE_WITH_BIAS = (("resnet18(stem='imagenet')", "untrained"),)
 COLUMNS = (
