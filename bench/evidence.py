@@ -173,7 +173,7 @@ def scored(row: Any, metric: str) -> str:
         return f"{row.psnr:.1f} dB [{row.psnr_low:.1f}, {row.psnr_high:.1f}]"
     refused = int(row.failed) if metric == "success" and "failed" in row else 0
     return rate(round(row[metric] * row.n), int(row.n)) + (
-        f", {refused} without an answer" if refused else ""
+        f", {refused} refused or failed" if refused else ""
     )
 
 
