@@ -34,9 +34,7 @@ def adopt(folder: Path, out: Path, data_root: Path | None = None) -> Iterator[Pa
     if lacking := sum(ran.expected.values()) - len(ran.rows):
         raise UserError(f"{folder} lacks {lacking} trials; the same run goes on where it was")
     if dirty := sorted({row["commit"] for row in ran.rows if not row["commit"] or "+" in row["commit"]}):
-        raise UserError(
-            f"{folder} has trials of commit {dirty[0] or '?'}, which nobody has; run a clone"
-        )
+        raise UserError(f"{folder} has trials of commit {dirty[0] or '?'}, which nobody has; run a clone")
     for spec in sorted({row["attack"] for row in ran.rows}):
         yield _adopted(spec, grid, grid_file, ran, out, data_root)
 

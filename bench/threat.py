@@ -45,7 +45,7 @@ class Facts:
         feature_width: D.
         head_bias: whether the last linear layer has a bias (whose gradient is then seen).
         nonnegative_features: whether the last layer's input can't be negative, by the public architecture.
-        protocol: how client and server talk, as a spec.
+        protocol: how client and server talk, by name; its parameters are knowledge.
         granted: the names of `Knowledge` that the threat model grants to this attack.
     """
 

@@ -46,7 +46,7 @@ class Soteria(Defense):
         update, weight = client.gradient(batch), f"{client.head}.weight"
         ratio = _ratio(client, batch.images)
         count = round(self.share * int(ratio.isfinite().sum()))
-        masked = ratio.argsort()[:count]
+        masked = ratio.argsort(stable=True)[:count]
         return update | {weight: update[weight].index_fill(1, masked, 0)}
 
 

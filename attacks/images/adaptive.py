@@ -194,16 +194,22 @@ def private_parts(
     return torch.stack([image for image, _ in found]), hard
 
 
+def _mix(label: Tensor) -> torch.return_types.topk:
+    """The two largest shares of a label (K,), what smoothing gave to all taken off."""
+    above = label - label.amin() if len(label) > 2 else label
+    return (above / above.sum()).topk(2)
+
+
 def _without_box(image: Tensor, label: Tensor, defense: Spec, knowledge: Knowledge) -> tuple[Tensor, int]:
     """The image outside of the pasted box, and its class: the box has either's share of the label."""
-    two = label.topk(2)
+    two = _mix(label)
     inside, pasted = find_box(image, (float(two.values[1]), float(two.values[0])))
     return filled(image, inside), int(two.indices[pasted])
 
 
 def _without_partner(image: Tensor, label: Tensor, defense: Spec, knowledge: Knowledge) -> tuple[Tensor, int]:
     """One image of a mix of two: that whose weight is in the defense's range, else the heavier one."""
-    two = label.topk(2)
+    two = _mix(label)
     shares, classes = (two.values / two.values.sum()).tolist(), two.indices.tolist()
     allowed = [defense.parameters["low"] <= share <= defense.parameters["high"] for share in shares]
     own = 1 if allowed == [False, True] else 0

@@ -23,11 +23,14 @@ class BiasClosedForm(Attack):
     paper: ClassVar[str] = "https://eprint.iacr.org/2017/715"
     produces: ClassVar[frozenset[str]] = frozenset({"soft_labels", "features"})
     reads: ClassVar[str] = "head"
+    uses: ClassVar[frozenset[str]] = frozenset({"local_steps", "local_lr"})
 
     def skip(self, facts: Facts) -> str | None:
-        """One example, and a head with a bias."""
+        """One example, a head with a bias, and a gradient whose scale is known."""
         if facts.batch_size != 1:
             return f"needs a batch of one, got {facts.batch_size}"
+        if facts.protocol.startswith("fedavg") and not facts.granted >= self.uses:
+            return "needs the client's number of local steps and its learning rate"
         return None if facts.head_bias else "needs a last layer with a bias"
 
     def run(self, observation: Observation, rng: torch.Generator) -> Reconstruction:

@@ -20,7 +20,6 @@ OUTCOMES = {
     "ok": Outcome.OK,
     "unidentifiable": Outcome.UNIDENTIFIABLE,
     "step_limit": Outcome.STEP_LIMIT,
-    "diverged": Outcome.DIVERGED,
 }
 
 SEVERAL = "beside one example's gradient there is a second direction, which is no noise"
@@ -63,7 +62,14 @@ class LambdaRecovery(Attack):
         ]
         alike: dict[tuple[str | None, bool], list[int]] = {}
         for index, observation in enumerate(observations):
-            if observation.head_weight_gradient is not None:
+            if observation.head_weight_gradient is None:
+                continue
+            sent = (observation.head_weight_gradient, observation.head_bias_gradient)
+            if not all(bool(part.isfinite().all()) for part in sent if part is not None):
+                answers[index] = Reconstruction(
+                    Outcome.DIVERGED, notes={"reason": "the gradient is not finite"}
+                )
+            else:
                 known = observation.knowledge.label_format, observation.head_bias_gradient is not None
                 alike.setdefault(known, []).append(index)
         for (label_format, with_bias), indices in alike.items():

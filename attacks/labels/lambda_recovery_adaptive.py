@@ -39,6 +39,15 @@ PUBLIC_IMAGES = 64
 TOLERATED = 0.05
 """The chance of another class beyond which none is claimed."""
 
+KNOWN = frozenset(
+    {
+        "none", "label_smoothing", "mixup", "cutmix", "instahide", "dp_gaussian", "dp_laplace",
+        "gradient_noise", "pruning", "quantization", "sign_sgd", "soteria", "precode", "ats", "graddefense",
+        "dcs", "censor", "oasis", "outpost",
+    }
+)  # fmt: skip
+"""The defenses of which it is known what they leave of a label, and what they add to a gradient."""
+
 OUTCOMES = {"ok": Outcome.OK, "unidentifiable": Outcome.UNIDENTIFIABLE, "step_limit": Outcome.STEP_LIMIT}
 
 
@@ -70,9 +79,11 @@ def told(defense: str) -> Told:
     if mixed:
         plain = "mixup" if len(mixed) == 1 and mixed[0].target != "instahide" else "k_mix"
         label_format = f"smoothed_{plain}" if smoothed else plain
+    names = {part.target for part in parts}
+    if names - KNOWN:
+        label_format = None
     epsilons = [part.parameters["epsilon"] for part in smoothed]
     epsilon = epsilons[0] if len(epsilons) == 1 and not isinstance(epsilons[0], tuple) else None
-    names = {part.target for part in parts}
     added = [std for part in parts if (std := _noise_std(part))]
     foreign = names & {
         "quantization",
@@ -87,7 +98,7 @@ def told(defense: str) -> Told:
     return Told(
         label_format,
         epsilon,
-        math.hypot(*added) if added and not foreign else None,
+        math.hypot(*added) if added and not foreign and names <= KNOWN else None,
         bool(names & {"dp_gaussian", "dp_laplace", "sign_sgd"}),
         "dcs" in names,
     )
@@ -164,14 +175,7 @@ class LambdaRecoveryAdaptive(Attack):
             )
             if found.outcome == "ok":
                 return _reconstruction(found)
-        # What noise alone could be tells no factor.
-        clipped = known.clipped and bool(hard_class(gradient[None]).lead[0] > 0)
-        low, high = LEAST_FACTOR if clipped else 1.0, 1.0
-        for _ in range(ROUNDS if clipped else 1):
-            ratio = (low / high) ** (1 / (TRIED - 1))
-            factors = [high * ratio**k for k in range(TRIED if clipped else 1)]
-            answer, factor = _searched(observation, gradient, known, noise_std, factors)
-            low, high = factor * ratio, min(1.0, factor / ratio)
+        answer, factor = _over_factors(observation, gradient, known, noise_std)
         if answer.outcome != "ok" and known.label_format == "smoothing" and known.epsilon is not None:
             return self._by_class(observation, torch.cat(sent, dim=1), gradient, known, noise_std, rng)
         return _reconstruction(answer, factor)
@@ -192,16 +196,9 @@ class LambdaRecoveryAdaptive(Attack):
         epsilon = known.epsilon or 0.0
         label = torch.full_like(gradient[:, 0], epsilon / len(gradient))
         label[index] += 1 - epsilon
-        solution = recover_soft_label(
-            gradient,
-            observation.head_weight,
-            observation.head_bias,
-            label_format=known.label_format,
-            epsilon=known.epsilon,
-            noise_std=noise_std,
-        )
+        solution, factor = _over_factors(observation, gradient, known, noise_std)
         drowned = chance_of_error > TOLERATED
-        features = solution.features
+        features = None if solution.features is None else solution.features / factor
         usable = features is not None and bool(features.isfinite().all())
         notes: dict[str, float | str] = {
             "reason": f"noise: the class is wrong with a chance of {chance_of_error:.2g}" if drowned else "",
@@ -248,6 +245,21 @@ def mean_of_rounds(observation: Observation) -> tuple[Tensor | None, Tensor | No
 def _mean(sent: Sequence[Tensor | None]) -> Tensor | None:
     there = [one for one in sent if one is not None]
     return torch.stack(there).mean(0) if len(there) == len(sent) else None
+
+
+def _over_factors(
+    observation: Observation, gradient: Tensor, known: Told, noise_std: float | None
+) -> tuple[SoftLabelSolution, float]:
+    """The solution, and the factor by which the example was clipped, as far as it can be told."""
+    # What noise alone could be tells no factor.
+    clipped = known.clipped and bool(hard_class(gradient[None]).lead[0] > 0)
+    low, high = LEAST_FACTOR if clipped else 1.0, 1.0
+    for _ in range(ROUNDS if clipped else 1):
+        ratio = (low / high) ** (1 / (TRIED - 1))
+        factors = [high * ratio**k for k in range(TRIED if clipped else 1)]
+        answer, factor = _searched(observation, gradient, known, noise_std, factors)
+        low, high = factor * ratio, min(1.0, factor / ratio)
+    return answer, factor
 
 
 def _searched(

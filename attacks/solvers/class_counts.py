@@ -20,6 +20,7 @@ def nearest_counts(estimate: Tensor, total: int) -> Tensor:
     [2, 2, 0]
     """
     x = estimate.double()
+    x = x - x.amax(dim=-1, keepdim=True)  # the projection is the same, and `total` doesn't drown in it
     falling = x.sort(dim=-1, descending=True).values
     places = torch.arange(1, x.shape[-1] + 1, device=x.device)
     excess = (falling.cumsum(dim=-1) - total) / places

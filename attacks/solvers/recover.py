@@ -12,7 +12,15 @@ from attacks.solvers.exact import recover_exactly
 from attacks.solvers.label_models import MOST_SPIKES, Granted
 from attacks.solvers.published import recover_as_published
 from attacks.solvers.reduction import require_finite
-from attacks.solvers.solution import FORMATS, SoftLabelSolution, empty_stack, only_example, ordinary
+from attacks.solvers.solution import (
+    FORMATS,
+    OK,
+    SoftLabelSolution,
+    empty_stack,
+    only_example,
+    ordinary,
+    with_rows,
+)
 
 SEARCHES = ("exact", "lbfgs", "pso", "paper")
 
@@ -130,10 +138,41 @@ def _recover(
         return recover_exactly(weight_gradient, weight, bias, noise_std, granted)
     require_finite(weight_gradient=weight_gradient, weight=weight, bias=bias, bias_gradient=bias_gradient)
     if bias_gradient is not None:
-        return recover_from_bias_gradient(
+        found = recover_from_bias_gradient(
             weight_gradient, weight, bias, bias_gradient, noise_std, MOST_SPIKES
         )
+        return found if search != "exact" else _unless_scaled(found, weight_gradient, weight, bias, noise_std)
     return recover_as_published(weight_gradient, weight, bias, granted.label_format, search, noise_std)
+
+
+def _unless_scaled(
+    found: SoftLabelSolution,
+    weight_gradient: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    noise_std: float | None,
+) -> SoftLabelSolution:
+    """Where ∇b, taken for p - y, leaves a label of no structure or of many spikes: λ's answer, if simpler.
+
+    A clipped gradient, or one times a client's learning rate, looks like that. λ doesn't need its scale.
+    """
+    loose = [
+        m
+        for m, (outcome, kind) in enumerate(zip(found.outcome, found.label_format, strict=True))
+        if outcome == OK and _COMPLEXITY[kind] >= _COMPLEXITY["k_mix"]
+    ]
+    if not loose:
+        return found
+    free = recover_exactly(weight_gradient[loose], weight, bias, noise_std, Granted(None, None, None))
+    simpler = {
+        m: at
+        for at, m in enumerate(loose)
+        if free.outcome[at] == OK and _COMPLEXITY[free.label_format[at]] < _COMPLEXITY[found.label_format[m]]
+    }
+    return with_rows(found, free, simpler)
+
+
+_COMPLEXITY = {kind: at for at, kind in enumerate((*FORMATS, "any"))}
 
 
 def _require(condition: bool, message: str) -> None:

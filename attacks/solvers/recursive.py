@@ -18,13 +18,14 @@ from attacks.solvers.layerwise import SentGradient, correlate
 _GRID = 4001
 _DECADES = (-8.0, 10.0)
 _BISECTIONS = 60
+_HARD = 0.05  # noise of 1e-3 leaves .007, a label smoothed by .1 at least .06
 
 
 def head_input(weight_gradient: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, int]:
     """The head's input (D,) and the class, of a hard label; K >= 2.
 
     Raises:
-        NotInvertibleError: no c solves the equation.
+        NotInvertibleError: no c solves the equation, or none agrees with the gradient: no hard label.
     """
     norms = torch.linalg.vector_norm(weight_gradient, dim=1)
     label = int(norms.argmax())  # 1 - p_y is the sum of all others; of two classes it is a guess
@@ -54,6 +55,8 @@ def head_input(weight_gradient: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
     u = torch.softmax(roots[:, None] * a + bias, dim=1)
     u[:, label] -= 1
     misses = torch.linalg.vector_norm(roots[:, None] * u - s, dim=1)
+    if not bool(misses.min() <= _HARD * torch.linalg.vector_norm(s)):
+        raise NotInvertibleError("no hard label explains the head's gradient")
     return roots[misses.argmin()] * direction, label
 
 

@@ -117,3 +117,21 @@ def concatenate(parts: list[SoftLabelSolution]) -> SoftLabelSolution:
         joined = [x for value in values for x in value] if isinstance(values[0], list) else torch.cat(values)
         fields[name] = joined
     return SoftLabelSolution(**fields)
+
+
+def with_rows(
+    stack: SoftLabelSolution, others: SoftLabelSolution, place: dict[int, int]
+) -> SoftLabelSolution:
+    """The stack, with the rows m of `place` taken from another: m -> which row of `others`."""
+    if not place:
+        return stack
+    rows, sources = list(place), list(place.values())
+    fields: dict[str, Any] = {}
+    for name, value in vars(stack).items():
+        other = getattr(others, name)
+        if isinstance(value, list):
+            fields[name] = [other[place[m]] if m in place else one for m, one in enumerate(value)]
+        else:
+            index = torch.tensor(rows, device=value.device)
+            fields[name] = value.index_copy(0, index, other[sources])
+    return SoftLabelSolution(**fields)

@@ -47,6 +47,9 @@ class FedSGDClient:
         own = copy.deepcopy(model)
         if mode == "train":
             own = replace_all_batch_norm_modules_(own).train()
+            for module in own.modules():
+                if isinstance(module, nn.modules.dropout._DropoutNd):  # nothing seeds what it draws
+                    module.eval()
         return cls(own)
 
     @property

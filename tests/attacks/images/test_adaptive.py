@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attacks.images.adaptive import Adaptive, mean_of_rounds, without, without_bottleneck
+from attacks.images.adaptive import Adaptive, _mix, mean_of_rounds, without, without_bottleneck
 from bench.cases import protocol
 from bench.cases.client import FedSGDClient, soft_cross_entropy
 from bench.cases.models import build
@@ -126,3 +126,11 @@ def test_says_what_it_needs():
     _, _, seen = observed("none")
     assert Adaptive(attack="fcn_analytic").skip(seen.facts) is None
     assert "grant knowledge" in Adaptive().skip(Facts(1, K, SHAPE, 8, True, True))
+
+
+def test_smoothing_is_taken_off_a_mix_before_its_shares_are_read():
+    label = 0.9 * torch.tensor([0.0, 0.3, 0.7, 0.0], device="cpu") + 0.1 / K
+    values, classes = _mix(label)
+    assert torch.allclose(values, torch.tensor([0.7, 0.3], device="cpu"))
+    assert classes.tolist() == [2, 1]
+    assert _mix(torch.tensor([0.4, 0.6], device="cpu")).values.tolist() == pytest.approx([0.6, 0.4])

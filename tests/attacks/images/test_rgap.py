@@ -84,3 +84,12 @@ def test_reasons_and_name(observe):
     assert attacks.make("rgap") == RGAP()
     assert RGAP().skip(facts) is None
     assert RGAP().skip(replace(facts, batch_size=2)) == "needs a batch of one, got 2"
+
+
+@pytest.mark.parametrize("share", [0.6, 0.8])
+def test_a_mixed_label_is_no_hard_one(observe, share):
+    """A smoothed one, where the net is near uniform, has a gradient of the same direction: it passes."""
+    mixed = share * torch.eye(K)[[1]] + (1 - share) * torch.eye(K)[[4]]
+    found = attack(observe(net(), picture(), mixed))
+    assert found.outcome is Outcome.UNIDENTIFIABLE
+    assert "no hard label" in found.notes["reason"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attacks.labels.bias_closed_form import BiasClosedForm
-from bench.threat import Outcome, mask
+from bench.threat import Facts, Outcome, mask
 
 K, D = 6, 9
 
@@ -130,3 +130,10 @@ def test_factories_name_their_device(observe, seeded, label, strict_devices):
     seen = observe(weight, bias, torch.softmax(weight @ x + bias, 0) - label(K, "hard"), x)
     with strict_devices:
         BiasClosedForm().run(seen, seeded())
+
+
+def test_a_gradient_of_unknown_scale_is_skipped():
+    facts = Facts(1, 10, (1, 8, 8), 16, True, True, "fedavg")
+    assert "learning rate" in BiasClosedForm().skip(facts)
+    granted = frozenset({"local_steps", "local_lr"})
+    assert BiasClosedForm().skip(replace(facts, granted=granted)) is None

@@ -184,3 +184,16 @@ def test_a_second_example_is_not_taken_for_noise(example, seeded, bias, share):
     assert found.outcome is Outcome.UNIDENTIFIABLE
     if share == 0.01:  # else no label is sharp to begin with
         assert "second direction" in found.notes["reason"]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_has_diverged_and_the_rest_of_its_stack_has_not(
+    example, seeded, broken
+):
+    (whole, y, _), (spoilt, _, _) = example("hard"), example("hard", seed=1)
+    update = {name: value.clone() for name, value in spoilt.update.items()}
+    next(iter(update.values()))[0] = broken
+    found = LambdaRecovery().run_many([whole, replace(spoilt, update=update)], [seeded(), seeded()])
+    assert [one.outcome for one in found] == [Outcome.OK, Outcome.DIVERGED]
+    assert error(found[0], y) <= WITHIN
+    assert found[1].notes["reason"] == "the gradient is not finite"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attacks.labels.lambda_recovery_adaptive import LambdaRecoveryAdaptive, mean_of_rounds, told
+from attacks.labels.lambda_recovery_adaptive import KNOWN, LambdaRecoveryAdaptive, mean_of_rounds, told
 from bench.cases import protocol
 from bench.cases.client import FedSGDClient
 from bench.cases.models import build
@@ -136,3 +136,22 @@ def test_is_skipped_without_the_spec():
     ((_, _, seen),) = observations("none", count=1)
     assert "grant knowledge" in ADAPTIVE.skip(replace(seen.facts, granted=frozenset()))
     assert ADAPTIVE.skip(seen.facts) is None
+
+
+def test_of_a_defense_that_it_does_not_know_it_assumes_nothing():
+    assert told("mine.py:Mine(strength=2)+gradient_noise(std=0.1)").label_format is None
+    assert told("mine.py:Mine(strength=2)+gradient_noise(std=0.1)").noise_std is None
+
+
+def test_all_of_the_suites_defenses_are_known():
+    assert set(defenses.names()) <= KNOWN
+
+
+def test_features_are_those_before_clipping():
+    cases = observations("dp_gaussian(clip=1.0, noise_multiplier=0.001)")
+    for _, released, seen in cases:
+        found = ADAPTIVE.run(seen, seeded())
+        assert torch.equal(found.soft_labels, released.soft_labels)
+        client = FedSGDClient(seen.model)
+        x = client.features(released.images[None])[0]
+        assert float((found.features - x).norm() / x.norm()) < 0.3  # .9 without a search for the factor

@@ -118,3 +118,7 @@ def test_hard_labels_repeat_their_class():
     )
     assert rows.tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]
     assert rows.dtype == torch.float64
+
+
+def test_a_large_estimate_keeps_its_digits():
+    assert nearest_counts(torch.tensor([1e17, 0.0, 0.0, 0.0], device="cpu"), 4).tolist() == [4, 0, 0, 0]

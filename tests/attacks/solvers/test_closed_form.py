@@ -104,3 +104,34 @@ def test_what_pruning_left_gives_what_it_took(case, label_format, share, dtype):
     assert c.label_error(found) < 5 * found.label_std + 1e-6
     if share >= 0.6:
         assert found.outcome == "ok"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("label_format", ["hard", "mixup"])
+@pytest.mark.parametrize("scale", [0.1, 0.01])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_scaled_gradient_is_not_taken_for_a_label_without_structure(case, label_format, scale, dtype, seed):
+    """As clipping scales it, or a learning rate that isn't known: ∇b is not u then, and λ is searched for."""
+    c = case(label_format=label_format, dtype=dtype, has_bias=True, seed=seed)
+    solution = recover_soft_label(scale * c.weight_gradient, c.weight, c.bias, scale * c.bias_gradient)
+    assert (solution.outcome, solution.label_format) == ("ok", label_format)
+    assert c.label_error(solution) < 1e-5
+    assert torch.allclose(solution.features, c.x, rtol=1e-3, atol=1e-4)
+
+
+def test_in_a_stack_only_the_scaled_ones_are_searched_for(case):
+    plain, scaled = case(has_bias=True), case(label_format="mixup", seed=3, has_bias=True)
+    scaled = scaled._replace(weight=plain.weight, bias=plain.bias)
+    without = torch.rand(10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    loose = plain._replace(y=without / without.sum())
+    both = [(1.0, plain), (0.1, scaled), (1.0, loose)]
+    stack = recover_soft_labels(
+        torch.stack([scale * c.weight_gradient for scale, c in both]),
+        plain.weight,
+        plain.bias,
+        torch.stack([scale * c.bias_gradient for scale, c in both]),
+    )
+    assert stack.outcome == ["ok"] * 3
+    assert stack.label_format == ["hard", "mixup", "any"]
+    for index, (_, c) in enumerate(both):
+        assert float((stack.soft_labels[index] - c.y).abs().max()) < 1e-6

@@ -263,3 +263,10 @@ def test_a_model_in_train_mode_whose_maps_are_one_pixel_says_its_features_sign()
     client = FedSGDClient.with_batch_norm(model, "train")
     assert client.features(torch.rand(1, 2, 1, 28, 28, device="cpu")).shape == (1, 2, 512)
     assert nonnegative_features(client.model, client.head, (1, 28, 28))
+
+
+def test_dropout_stays_off_while_batch_norm_trains():
+    model = nn.Sequential(with_batch_norm(), nn.Dropout(0.5), nn.Linear(5, 5))
+    client = FedSGDClient.with_batch_norm(model, "train")
+    assert client.model.training
+    assert not client.model[1].training
