@@ -236,6 +236,10 @@ HEADS = (
 """What people see of the board."""
 
 
+def _counted(count: int, what: str, how: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)} {how}"
+
+
 def cells_of(row: dict[str, Any], names: dict[str, str]) -> list[str]:
     """A row's main columns, as `HEADS` names them."""
 
@@ -256,9 +260,9 @@ def cells_of(row: dict[str, Any], names: dict[str, str]) -> list[str]:
     if row["falls_only_when_told"] is not None:
         notes.append(f"only when told: {row['falls_only_when_told']}")
     if row["failed"]:
-        notes.append(f"{row['failed']} trials failed")
+        notes.append(_counted(row["failed"], "trial", "failed"))
     if row["skipped"] is not None:
-        notes.append(f"{len(row['skipped'].split('; '))} attacks skipped")
+        notes.append(_counted(len(row["skipped"].split("; ")), "attack", "skipped"))
     if row["unfinished"] is not None:
         notes.append(f"unfinished: {row['unfinished']}")
     return [

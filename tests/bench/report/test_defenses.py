@@ -109,7 +109,7 @@ def test_skipped_failed_and_unfinished_attacks_are_said(ran):
     assert row["failed"] == 2
     assert row["unfinished"] == "rlg"
     assert row["attack"] == "idlg"  # rlg's half is better, and not the whole
-    assert "1 attacks skipped" in render(defense_board(runs), "table")
+    assert "1 attack skipped" in render(defense_board(runs), "table")
 
 
 def test_images_are_ranked_by_lpips_else_by_their_error(ran):
