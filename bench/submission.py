@@ -208,14 +208,13 @@ def plan(
     Raises:
         UserError: as `run.plan`; the attack's `skip` fails.
     """
-    capped = [
-        block.model_copy(update={"samples": min(block.samples, samples or block.samples)})
+    full = grid  # what records say that they are of
+    blocks = [
+        block.model_copy(update={"samples": min(block.samples, samples or block.samples), "utility": False})
         for block in grid.blocks
     ]
-    grid = grid.model_copy(
-        update={"blocks": [block.model_copy(update={"utility": False}) for block in capped]}
-    )
-    base = run.plan(grid, replaced(grid, [CHANCE]), data_root, device)
+    grid = grid.model_copy(update={"blocks": blocks})
+    base = run.plan(full, replaced(grid, [CHANCE]), data_root, device)
     by_chance = grid.model_copy(
         update={"blocks": [block for block in grid.blocks if CHANCE in block.attacks]}
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -18,8 +18,28 @@ from bench.report import record, utility
 from bench.report.defenses import defense_board, render
 from bench.report.leaderboard import leaderboard, rows_of
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "defenses"
 AUGMENTATIONS = ("none", "label_smoothing", "mixup", "cutmix")
+
+
+GIVEN_AWAY = 0.97
+"""From here on a class, or an image, counts as given away."""
+
+
+def _label(axis: Axes, place: tuple[float, float], text: str) -> None:
+    """Beside a point, on the side where there is room."""
+    left = place[0] > 0.5
+    axis.annotate(
+        text,
+        place,
+        fontsize=7,
+        xytext=(-6 if left else 6, -3),
+        textcoords="offset points",
+        ha="right" if left else "left",
+    )
 
 
 def frontier(board: pd.DataFrame, path: Path) -> None:
@@ -42,24 +62,21 @@ def frontier(board: pd.DataFrame, path: Path) -> None:
     )
     for axis, (metric, name) in zip(panels, measures, strict=True):
         own = [row for row in rows if row[metric] is not None]
+        given_away = [row for row in own if row[metric] >= GIVEN_AWAY]
         for row in own:
             told = row["told"] if metric == "private_top1" else row["image_told"]
-            axis.plot(row["accuracy"], row[metric], "^" if told else "o", color="C1" if told else "C0")
-            axis.annotate(
-                registry.defenses.short(row["defense"]),
-                (row["accuracy"], row[metric]),
-                fontsize=6,
-                xytext=(3, 3),
-                textcoords="offset points",
-                rotation=20,
-            )
+            place = (row["accuracy"], row[metric])
+            axis.plot(*place, "^" if told else "o", color="C1" if told else "C0")
+            if row not in given_away:
+                _label(axis, place, registry.defenses.short(row["defense"]))
+        if given_away:
+            at = (max(row["accuracy"] for row in given_away), GIVEN_AWAY)
+            _label(axis, at, f"{len(given_away)} defenses hide nothing: board.md names them")
         points = sorted((row["accuracy"], row[metric]) for row in own)
         best = [p for p in points if not any(q[0] >= p[0] and q[1] <= p[1] and q != p for q in points)]
         axis.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0)
         axis.set(xlabel="accuracy of a network trained with it", ylabel=name)
-    panels[0].set_title(
-        "triangles: the attack was told the defense; line: nothing is better in both", fontsize=9
-    )
+    figure.suptitle("triangles: the attack was told the defense; line: nothing is better in both", fontsize=9)
     figure.savefig(path, dpi=110)
 
 

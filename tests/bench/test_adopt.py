@@ -7,6 +7,7 @@ import pytest
 from bench import adopt, publish, submission
 from bench.cases.scenario import load_grid
 from bench.errors import UserError
+from bench.registry import ROOT, Spec
 from bench.report import record
 
 GRID = """
@@ -74,3 +75,14 @@ def test_what_cannot_be_published_is_one_line(run, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.run.commit", lambda: "c" * 40 + "+")
     with pytest.raises(UserError, match="which nobody has; run a clone"):
         list(adopt.adopt(run(), tmp_path / "records"))
+
+
+def test_a_grid_that_measures_costs_keeps_its_name_and_hash(tmp_path):
+    """A submission measures no costs; its records are of the grid all the same."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(GRID.replace("samples = 4", "samples = 4\nutility = true"))
+    grid, file = load_grid(str(path)), ROOT / "attacks" / "labels" / "random_labels.py"
+    with submission.alone(file, file.name) as copy:
+        _, planned = submission.plan(copy, Spec("RandomLabels", {}), str(file), grid, 2, None, "cpu")
+    assert planned.context.grid_hash == grid.hash
+    assert not planned.utilities
