@@ -498,7 +498,7 @@ def _print_comparison(row: dict[str, Any], again: Record, columns: Sequence[str]
         if before is None and now is None:
             continue
         differing += [column] if before != now else []
-        print(f"  {column:<16} {before!r:<24} {'=' if before == now else '≠'} {now!r}")
+        print(f"  {column:<18} {before!r:<24} {'=' if before == now else '≠'} {now!r}")
     return differing
 
 
