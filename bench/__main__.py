@@ -284,7 +284,7 @@ def verify(
             "leakbench: no namespaces on this machine: Python alone keeps data and network away",
             file=sys.stderr,
         )
-    for line in verification.verify(records, salt, data, workers or len(os.sched_getaffinity(0))):
+    for line in verification.verify(records, salt, data, workers or _cores()):
         print(line)
 
 
@@ -336,7 +336,7 @@ def info() -> None:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "GPU": ", ".join(gpus) or "none",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": _cores(),
         "cache": cache_folder(),
         "data": data_folder(None),
         "LPIPS": trunk if trunk.exists() else "not there: leakbench data lpips",
@@ -407,10 +407,15 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _default_workers(device: str) -> int:
     """One for each core; one for each GPU where that is what computes, `cuda:1` being one."""
     if not device.startswith("cuda"):
-        return len(os.sched_getaffinity(0))
+        return _cores()
     import torch
 
     return max(1, torch.cuda.device_count()) if device == "cuda" else 1
@@ -464,12 +469,13 @@ def _exit_if_unfinished(rows: Iterable[dict[str, Any]]) -> None:
 def _read(folders: Sequence[Path]) -> list[Run]:
     from bench.report import record
 
-    recorded = [record.read(folder) for folder in folders]
-    for folder, one in zip(folders, recorded, strict=True):
+    files = [file for folder in folders for file in record.files(folder)]
+    recorded = [record.read(file) for file in files]
+    for file, one in zip(files, recorded, strict=True):
         if one.damaged:
             print(
-                f"leakbench: {folder}, line {one.damaged[0]} is not as it was written "
-                f"({len(one.damaged)} such): see leakbench check {folder}",
+                f"leakbench: {file}, line {one.damaged[0]} is not as it was written "
+                f"({len(one.damaged)} such): see leakbench check {file}",
                 file=sys.stderr,
             )
     return recorded

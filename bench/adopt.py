@@ -29,10 +29,8 @@ def adopt(folder: Path, out: Path, data_root: Path | None = None) -> Iterator[Pa
     grid, grid_file = submission.grid_of(header.grid)
     if grid.hash != header.grid_hash:
         raise UserError(f"{folder} ran another version of {grid.name}: {header.grid_hash[:8]}; run it again")
-    if ran.damaged:
-        raise UserError(f"{folder}: line {ran.damaged[0]} is damaged: see `leakbench check {folder}`")
-    if lacking := sum(ran.expected.values()) - len(ran.rows):
-        raise UserError(f"{folder} lacks {lacking} trials; the same run goes on where it was")
+    if faults := record.faults(folder):
+        raise UserError(f"{folder} is not whole: {faults[0]}; the same run goes on where it was")
     if dirty := sorted({row["commit"] for row in ran.rows if not row["commit"] or "+" in row["commit"]}):
         raise UserError(f"{folder} has trials of commit {dirty[0] or '?'}, which nobody has; run a clone")
     for spec in sorted({row["attack"] for row in ran.rows}):

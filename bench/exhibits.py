@@ -94,7 +94,7 @@ def _picture(row: dict[str, Any], ran: Run, data_root: Path | None) -> Picture:
 
 def _again(row: dict[str, Any], ran: Run, data_root: Path | None) -> tuple[Truth, Observation, Attempt]:
     """One recorded trial: the truth, what its attack saw, and its answer."""
-    chunk, context = run.recorded_chunk(row, ran.headers[-1], data_root)
+    chunk, context = run.recorded_chunk(row, ran.header_of(row), data_root)
     kept: list[tuple[Observation, Attempt]] = []
 
     def attack(

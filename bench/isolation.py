@@ -179,6 +179,8 @@ def _check_kind(answer: Any, facts: Facts) -> None:
         if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"returned {name} of shape {got}, expected {shape}")
+        if value is not None and (value.is_complex() or value.dtype == torch.bool):
+            raise ValueError(f"returned {name} of {value.dtype}, expected floating point")
 
 
 def _crashed(error: BaseException) -> Attempt:

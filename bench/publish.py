@@ -8,6 +8,7 @@ pages of `bench.reference`, which quote the boards. What papers say of themselve
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gzip
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 from bench import reference
 from bench.errors import UserError
 from bench.registry import ROOT
-from bench.report import Results, defenses, load, record, tables
+from bench.report import Results, defenses, load, record, tables, utility
 from bench.report import leaderboard as boards
 from bench.report.record import Run
 
@@ -35,7 +36,7 @@ def publish(results: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for grid in sorted(path for path in (results / "records").glob("*") if path.is_dir()):
-        results_of_grid = load(grid)
+        results_of_grid = dataclasses.replace(load(grid), costs=utility.read(results / "defenses"))
         for track, rendered in _boards(results_of_grid):
             question = _DEFENDED if track == "defense" else boards.track_named(track).question
             head = _head(grid.name, track, question, results_of_grid.runs)

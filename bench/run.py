@@ -22,7 +22,7 @@ from bench.cases.client import FedSGDClient
 from bench.cases.models import Network
 from bench.cases.scenario import Grid, Scenario, cells, trained_with
 from bench.errors import UserError
-from bench.isolation import GIB, Architecture, Attempt, Limits, attempts_here
+from bench.isolation import GIB, PARTS, Architecture, Attempt, Limits, attempts_here
 from bench.report import record
 from bench.report import utility as costs
 from bench.report.record import Header, Keys, Record
@@ -209,16 +209,23 @@ def entrant(attack: str, scenario: Scenario, facts: Facts) -> Entrant:
         UserError: its own `skip` fails.
     """
     made = registry.attacks.make(attack)
-    granted = frozenset(made.uses & facts.granted)
+    produces = frozenset(made.produces)
+    if not produces or produces - set(PARTS):
+        raise UserError(f"{attack}: produces = {sorted(produces)} is not some of {', '.join(PARTS)}")
+    if made.reads not in STACK:
+        raise UserError(f"{attack}: reads = {made.reads!r} is neither 'head' nor 'all'")
+    granted = frozenset(made.uses) & facts.granted
     try:
         skip = made.skip(replace(facts, granted=granted))
     except Exception as error:
         raise UserError(f"{attack}: skip fails: {type(error).__name__}: {error}") from error
+    if skip is not None and not (isinstance(skip, str) and skip):
+        raise UserError(f"{attack}: skip returned {skip!r}; give a reason, or None where it applies")
     return Entrant(
         attack,
         registry.attacks.revision(attack),
         made.reads,
-        frozenset(made.produces),
+        produces,
         granted,
         skip,
         stacks=hasattr(made, "run_many"),
@@ -394,14 +401,14 @@ def rerun(folder: Path, trial: str, data_root: Path | None) -> tuple[dict[str, A
         UserError: no such trial, or data, weights or revisions are no longer those of the record.
     """
     runs = [record.read(file) for file in record.files(folder)]
-    matching = [(row, ran.headers[-1]) for ran in runs for row in ran.rows if row["trial"].startswith(trial)]
+    matching = [(row, ran) for ran in runs for row in ran.rows if row["trial"].startswith(trial)]
     if len(matching) != 1:
         raise UserError(
             f"{folder} has {len(matching)} trials whose key begins with {trial!r}; "
             "a row's `trial` in records.jsonl is its key"
         )
-    ((row, header),) = matching
-    chunk, context = recorded_chunk(row, header, data_root)
+    ((row, ran),) = matching
+    chunk, context = recorded_chunk(row, ran.header_of(row), data_root)
     ((_, rows),) = InProcess().rows([chunk], context)
     again = rows[row["sample"] - chunk.start]
     if again.trial != row["trial"]:

@@ -31,7 +31,7 @@ BUNDLED = (
 
 CACHES = (
     "~/.local/share/leakbench", "~/.cache/huggingface", "~/.cache/torch", "~/.cache/kagglehub", "~/.keras",
-    "~/scikit_learn_data", "~/tensorflow_datasets",
+    "~/scikit_learn_data", "~/tensorflow_datasets", "~/.cache/pip", "~/.cache/uv", "~/.cache/scikit-image",
 )  # fmt: skip
 """Where tools keep data sets of a user: hidden, too."""
 

@@ -147,6 +147,8 @@ def _checked(
         raise UserError(
             f"{file}: uses {sorted(uses - GRANTABLE)[0]!r}{nearest(min(uses - GRANTABLE), GRANTABLE)}"
         )
+    if "soft_labels" in produces & uses:
+        raise UserError(f"{file}: soft_labels can't be both told and produced: name them in uses or produces")
     if said["threat_model"] not in tuple("ABCDEFGH"):
         raise UserError(f"{file}: threat_model = {said['threat_model']!r} is no letter from A to H")
     reasons = [None if one is None else str(one)[:300] for one in said["skips"]]

@@ -92,7 +92,7 @@ class Observation:
         head: the module name of the last linear layer.
         facts: see `Facts`.
         knowledge: what the threat model grants and the attack uses.
-        later_updates: the updates of later rounds on the same batch.
+        later_updates: those of the other rounds on the same batch, the oldest first.
     """
 
     model: nn.Module

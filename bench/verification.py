@@ -29,6 +29,7 @@ from bench import registry, run, sandbox, submission, work
 from bench.cases.scenario import Scenario, grid_names, load_grid
 from bench.errors import UserError
 from bench.isolation import Attempt
+from bench.metrics import FAILED as UNANSWERED
 from bench.report import record, statistics
 from bench.report.leaderboard import EXACT_PSNR, FAILED, WORST
 from bench.report.record import METRICS, Record, Run
@@ -250,7 +251,8 @@ def check_rows(submitted: Submission, mine: Submitted, plan: Plan, chunks: Seque
             raise UserError(
                 f"{path}, trial {row['trial']} ({_where(row)}): {said!r}, expected {wanted.reason!r}"
             )
-    missing = [row for trial, row in expected.items() if trial not in submitted.run.keys]
+    there = submitted.run.keys
+    missing = [row for trial, row in expected.items() if trial not in there]
     if missing:
         raise UserError(
             f"{path} lacks {len(missing)} of {len(expected)} trials; the first: "
@@ -336,11 +338,19 @@ def compare(submitted: Submission, again: Sequence[dict[str, Any]]) -> None:
 
 def _differing(row: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first column that is not as recorded."""
+    if row["outcome"] in _LENIENT and (claimed := _claimed(row)):
+        return claimed
     if row["outcome"] != now["outcome"]:
         return None if row["outcome"] in _LENIENT else "outcome"
     if row["outcome"] in FAILED and row["success"]:
         return "success"
     return next((metric for metric in METRICS if not _alike(metric, row, now)), None)
+
+
+def _claimed(row: dict[str, Any]) -> str | None:
+    """The first column of a trial that didn't end in which it has more than nothing."""
+    nothing = {metric: value for part in UNANSWERED.values() for metric, value in part.items()}
+    return next((metric for metric in METRICS if row[metric] not in (None, nothing.get(metric))), None)
 
 
 def _alike(metric: str, row: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -364,6 +374,11 @@ def _near(a: float | None, b: float | None) -> bool:
 def _compare_images(path: Path, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     """On another machine a search ends elsewhere: no image much better, nor the mean of the differences."""
     for row, now in pairs:
+        if row["outcome"] in _LENIENT and (claimed := _claimed(row)):
+            raise UserError(
+                f"{path}, trial {row['trial']} ({_where(row)}): {row['outcome']}, "
+                f"but {claimed} = {row[claimed]}"
+            )
         if (row["outcome"] == "ok") and now["outcome"] not in ("ok", "step_limit"):
             raise UserError(f"{path}, trial {row['trial']} ({_where(row)}): was ok, is {now['outcome']} here")
     gains = np.array([_psnr(row) - _psnr(now) for row, now in pairs])
@@ -375,12 +390,24 @@ def _compare_images(path: Path, pairs: Sequence[tuple[dict[str, Any], dict[str, 
             f"{path}, trial {row['trial']} ({_where(row)}): {_psnr(row):.1f} dB in the records, "
             f"{gains[worst]:.1f} dB more than when run again"
         )
-    low, high = statistics.clustered_bootstrap(gains, [row["weights_sha256"] for row, _ in pairs])
-    if low > 0 and gains.mean() > ABSOLUTE:
-        raise UserError(
-            f"{path}: recorded images are better than repeated ones, by {gains.mean():.2f} dB "
-            f"(95 % interval {low:.2f} to {high:.2f}, {len(gains)} pairs)"
-        )
+    for metric in ("psnr", *(one for one in METRICS if one in WORST and one != "psnr")):
+        gains = np.array([_gain(metric, row, now) for row, now in pairs])
+        low, high = statistics.clustered_bootstrap(gains, [row["weights_sha256"] for row, _ in pairs])
+        if low > 0 and gains.mean() > ABSOLUTE:
+            raise UserError(
+                f"{path}: recorded images are better than repeated ones: {metric} by {gains.mean():.2g} "
+                f"(95 % interval {low:.2g} to {high:.2g}, {len(gains)} pairs)"
+            )
+
+
+def _gain(metric: str, row: dict[str, Any], now: dict[str, Any]) -> float:
+    """By how much a record is better than its repetition; nothing where either wasn't measured."""
+    if metric == "psnr":
+        return _psnr(row) - _psnr(now)
+    if row[metric] is None or now[metric] is None:
+        return 0.0
+    better = 1.0 if WORST[metric] == 0 else -1.0  # an error's worst is above its best
+    return better * (float(row[metric]) - float(now[metric]))
 
 
 def _psnr(row: dict[str, Any]) -> float:
@@ -398,32 +425,32 @@ def compare_fresh(submitted: Submission, plan: Plan, fresh: Sequence[dict[str, A
     Raises:
         UserError: it is worse than recorded by more than its margin, beyond chance.
     """
-    metric = _ranking(submitted.manifest)
     groups = _groups(plan)
-    before = _by_group(submitted.rows, metric, groups)
-    after = _by_group(fresh, metric, groups)
-    cells = [cell for cell in after if cell in before]
-    tests = [(cell, before[cell], after[cell]) for cell in cells]
-    everything = [np.concatenate([found[cell] for cell in cells]) for found in (before, after)]
-    tests.append(("all cells together", everything[0], everything[1]))
-    p_values = statistics.holm([_worse(metric, old, new) for _, old, new in tests])
-    refused = [test for test, p in zip(tests, p_values, strict=True) if p < SIGNIFICANCE]
-    if refused:
-        cell, old, new = refused[0]
-        raise UserError(
-            f"{submitted.path}: on fresh examples {metric} is {new.mean():.3g} (n = {len(new)}), where the "
-            f"records say {old.mean():.3g} (n = {len(old)}): {cell}; such records aren't ranked"
-        )
-    old, new = everything
-    return (
-        f"fresh examples: {metric} {new.mean():.3g} (n = {len(new)}), recorded {old.mean():.3g} "
-        f"(n = {len(old)}); at most {MARGINS[metric]:g} worse, with p < {SIGNIFICANCE}, would refuse"
+    tests = []
+    for metric in (RANKS_BY[part] for part in RANKS_BY if part in submitted.manifest.produces):
+        before = _by_group(submitted.rows, metric, groups)
+        after = _by_group(fresh, metric, groups)
+        cells = [cell for cell in after if cell in before]
+        old, new = (np.concatenate([found[cell] for cell in cells]) for found in (before, after))
+        tests += [("all cells together", metric, old, new)]
+        tests += [(cell, metric, before[cell], after[cell]) for cell in cells]
+    p_values = statistics.holm([_worse(metric, old, new) for _, metric, old, new in tests])
+    for (cell, metric, old, new), p in zip(tests, p_values, strict=True):
+        if p < SIGNIFICANCE:
+            raise UserError(
+                f"{submitted.path}: on fresh examples {metric} is {new.mean():.3g} (n = {len(new)}), where "
+                f"the records say {old.mean():.3g} (n = {len(old)}): {cell}; such records aren't ranked"
+            )
+    found = ", ".join(
+        f"{metric} {new.mean():.3g} (n = {len(new)}), recorded {old.mean():.3g} (n = {len(old)})"
+        for cell, metric, old, new in tests
+        if cell == "all cells together"
     )
+    return f"fresh examples: {found}; margins {MARGINS}, p < {SIGNIFICANCE} would refuse"
 
 
-def _ranking(manifest: Manifest) -> str:
-    by_part = {"images": "psnr", "soft_labels": "success", "features": "feature_cosine"}
-    return next(metric for part, metric in by_part.items() if part in manifest.produces)
+RANKS_BY = {"images": "psnr", "soft_labels": "success", "features": "feature_cosine"}
+"""What is produced -> the metric that ranks its track."""
 
 
 def _groups(plan: Plan) -> dict[str, str]:
@@ -497,6 +524,8 @@ def verify(path: Path, salt: str, data_root: Path | None, workers: int) -> list[
             chunks = chunks_of(mine, plan, weights)
             check_rows(submitted, mine, plan, chunks)
             chosen = drawn(mine, chunks, random.SystemRandom())
+            if not chosen:
+                raise UserError(f"{path}: the attack skips every scenario; there is nothing to verify")
             again = repeated(engine, chosen, plan.context)
             compare(submitted, again)
             lines = [f"{len(submitted.rows)} trials, {len(again)} of them run again: they agree"]

@@ -1,8 +1,8 @@
 """Leaderboards: who recovers what, from which networks, past which defense.
 
-A trial that crashed, ran out of time or memory, diverged or gave up counts as not recovered: `success` is
-0, and a metric that it lacks takes its value in `WORST`. A trial that an attack skipped is shown with its
-reason and counted nowhere. An exact image has no finite PSNR and counts as `EXACT_PSNR`. Scenarios that
+A trial that crashed, ran out of time or memory, diverged or gave up counts as not recovered: the metric
+that ranks, and one that it lacks, take their value in `WORST`. A trial that an attack skipped is shown with
+its reason and counted nowhere. An exact image has no finite PSNR and counts as `EXACT_PSNR`. Scenarios that
 differ in the weights' seed alone are one.
 """
 
@@ -295,7 +295,9 @@ def _scored(trials: pd.DataFrame, produced: dict[str, frozenset[str]]) -> pd.Dat
     scored["psnr"] = trials["psnr"].mask(exact, EXACT_PSNR).clip(upper=EXACT_PSNR)
     exact_bytes = trials["psnr_8bit"].isna() & trials["mse"].notna()
     scored["psnr_8bit"] = trials["psnr_8bit"].mask(exact_bytes, EXACT_PSNR)
-    scored["success"] = trials["success"].mask(trials["outcome"].isin(FAILED) & trials["success"].notna(), 0)
+    lost = trials["outcome"].isin(FAILED)
+    for metric in ("success", "psnr", "feature_cosine"):  # what ranks, whatever was answered beside
+        scored[metric] = scored[metric].mask(lost & scored[metric].notna(), WORST[metric])
     for track in _TRACKS.values():
         makes = counts & pd.Series([track.produces in produced[attack] for attack in trials["attack"]])
         for metric in track.metrics:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -154,6 +155,17 @@ class Run:
     rows: tuple[dict[str, Any], ...]
     damaged: tuple[int, ...] = ()
 
+    def header_of(self, row: dict[str, Any]) -> Header:
+        """The newest header that names the row's scenario.
+
+        Raises:
+            UserError: none does.
+        """
+        for header in reversed(self.headers):
+            if row["scenario"] in header.scenarios:
+                return header
+        raise UserError(f"trial {row['trial']}: no header names its scenario {row['scenario']}")
+
     @property
     def keys(self) -> frozenset[str]:
         """The trials that are done."""
@@ -221,10 +233,17 @@ def _parsed(raw: bytes) -> Header | dict[str, Any]:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The whole lines and their numbers, without those of NUL bytes that a lost disk leaves."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.endswith(b"\n") and raw.strip(b"\0 \r\n"):
-                yield number, raw
+    try:
+        with _opened(path) as file:
+            for number, raw in enumerate(file, start=1):
+                if raw.endswith(b"\n") and raw.strip(b"\0 \r\n"):
+                    yield number, raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} can't be read: {error}; fetch it again") from None
+
+
+def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _no_record(path: Path, number: int, error: ValueError) -> UserError:
@@ -364,6 +383,8 @@ def faults(folder: Path) -> list[str]:
 
 
 def _at_the_end(path: Path, whole: int) -> list[str]:
+    if path.suffix == ".gz":  # written at once, and checked by its own checksum
+        return []
     with path.open("rb") as file:
         file.seek(-min(1, path.stat().st_size), os.SEEK_END)
         torn = file.read() not in (b"", b"\n")

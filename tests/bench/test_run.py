@@ -186,3 +186,40 @@ def test_a_killed_run_is_completed_to_that_of_an_unbroken_one(small, tmp_path):
     subprocess.run(broken, check=True, stdout=subprocess.DEVNULL)
     unbroken = execute(small, tmp_path / "unbroken", samples=70)
     assert results(list(record.read(tmp_path / "broken").rows)) == results(unbroken)
+
+
+def test_a_trial_of_an_earlier_command_in_the_same_folder_is_rerun(small, tmp_path):
+    """The last header doesn't name its scenario."""
+    rows = execute(small, tmp_path / "out", samples=1)
+    execute(small, tmp_path / "out", samples=1, defenses=["none"])
+    row = next(row for row in rows if row["defense"] != "none" and row["outcome"] == "ok")
+    before, again = run.rerun(tmp_path / "out", row["trial"], None)
+    assert all(before[column] == getattr(again, column) for column in COMPARED)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('reads: ClassVar[str] = "gradient"', "reads = 'gradient' is neither"),
+        ('produces: ClassVar[frozenset] = frozenset({"labels"})', r"produces = \['labels'\] is not some of"),
+        ("def skip(self, facts): return False", "skip returned False; give a reason"),
+    ],
+)
+def test_an_attack_that_describes_itself_wrongly_is_one_line(small, tmp_path, line, said):
+    path = tmp_path / "mine.py"
+    path.write_text(f"""
+from dataclasses import dataclass
+from typing import ClassVar
+from bench.threat import Attack
+
+@dataclass(frozen=True)
+class Mine(Attack):
+    name: ClassVar[str] = "mine"
+    title: ClassVar[str] = "mine"
+    produces: ClassVar[frozenset] = frozenset({{"soft_labels"}})
+    reads: ClassVar[str] = "head"
+    {line}
+    def run(self, observation, rng): ...
+""")
+    with pytest.raises(UserError, match=said):
+        execute(small, tmp_path / "out", attacks=[f"{path}:Mine"])

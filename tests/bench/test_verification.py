@@ -396,7 +396,7 @@ def test_a_small_gain_in_every_image_is_found_by_the_paired_interval():
     rng = random.Random(1)
     truth = image_rows(299)
     again = [vars(better(row, rng.gauss(-0.3, 0.5))) for row in truth]
-    with pytest.raises(UserError, match="recorded images are better than repeated ones, by "):
+    with pytest.raises(UserError, match="recorded images are better than repeated ones: psnr by "):
         verification.compare(image_submission(truth, "another"), again)
 
 
@@ -422,3 +422,22 @@ def test_a_sample_is_drawn_where_images_are_made_and_everything_else_is_run_agai
     everything = sum(len(chunk.samples) for chunk in one_each)
     assert count("soft_labels") == everything
     assert verification.SAMPLE <= count("images") < verification.SAMPLE + 64 < everything
+
+
+def test_images_of_a_trial_that_ran_out_of_time_are_refused():
+    """Such a row may differ from its repetition, but it can't have measured anything."""
+    truth = image_rows(299)
+    claim = dataclasses.replace(truth[0], outcome="timeout", mse=0.0, psnr=None, ssim=1.0)
+    for machine in (submission.machine(), "another"):
+        with pytest.raises(UserError, match=r"timeout, but|is 0\.0 in the records"):
+            verification.compare(image_submission([claim, *truth[1:]], machine), list(map(vars, truth)))
+    lost = dataclasses.replace(truth[0], outcome="timeout", mse=None, psnr=None, ssim=None, identified=0.0)
+    verification.compare(image_submission([lost, *truth[1:]], submission.machine()), list(map(vars, truth)))
+
+
+@pytest.mark.parametrize(("metric", "forged"), [("ssim", 0.99), ("lpips", 0.01), ("label_error", 0.0)])
+def test_on_another_machine_no_other_metric_is_better_either(metric, forged):
+    truth = [dataclasses.replace(row, lpips=0.5, label_error=0.4) for row in image_rows(299)]
+    handed_in = [dataclasses.replace(row, **{metric: forged}) for row in truth]
+    with pytest.raises(UserError, match=f"recorded images are better than repeated ones: {metric} by"):
+        verification.compare(image_submission(handed_in, "another"), list(map(vars, truth)))

@@ -11,7 +11,14 @@ from bench.report.assumptions import assumptions
         ("random_labels", []),
         ("lambda_recovery", ["a batch of one"]),
         ("idlg", ["a batch of one", "non-negative features, as after a ReLU"]),
-        ("bias_closed_form", ["a batch of one", "a last layer with a bias"]),
+        (
+            "bias_closed_form",
+            [
+                "a batch of one",
+                "a last layer with a bias",
+                "the client's number of local steps and its learning rate",
+            ],
+        ),
         ("gradinversion_labels", ["distinct labels", "non-negative features, as after a ReLU"]),
     ],
 )

@@ -438,3 +438,18 @@ def test_what_tells_two_of_one_name_apart_is_shown_though_it_is_a_default(table)
 
 def test_an_exact_image_counts_the_same_alone_and_in_a_batch():
     assert EXACT_PSNR == metrics.EXACT_PSNR
+
+
+def test_what_a_failed_trial_answers_beside_ranks_nowhere(ran):
+    """Images looked up, and handed in as `unidentifiable`, would score where nothing verifies them."""
+    exact = {"mse": 0.0, "psnr": None, "ssim": 1.0}
+    runs = [
+        ran(
+            cell("lookup", [exact | {"outcome": "unidentifiable"}] * 6),
+            cell("honest", [image(20.0)] * 6),
+        )
+    ]
+    board = leaderboard(runs, "image").set_index("attack")
+    assert board.loc["lookup", "psnr"] == WORST["psnr"]
+    assert board.loc["honest", "rank"] == 1
+    assert board.loc["lookup", "rank"] == 2

@@ -1,6 +1,7 @@
 """Records survive what happens to files: torn lines, second writers, foreign lines."""
 
 import errno
+import gzip
 import json
 import math
 import os
@@ -389,3 +390,15 @@ def test_what_goes_wrong_while_a_run_writes_is_not_blamed_on_the_folder(tmp_path
 def test_the_named_columns_are_columns():
     assert set(METRICS) | set(SCENARIO) <= set(COLUMNS)
     assert not set(METRICS) & set(SCENARIO)
+
+
+def test_a_packed_file_is_whole_and_a_damaged_one_is_one_line(tmp_path):
+    with writing(tmp_path) as writer:
+        writer.header(Header("g", "h", "", {"s a": 0}, {"s": {}}))
+    packed = tmp_path / "r1.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / FILE).read_bytes()))
+    assert faults(packed) == []
+    for content in (b"no gzip", packed.read_bytes()[:-12]):
+        packed.write_bytes(content)
+        with pytest.raises(UserError, match=r"can.t be read: .*; fetch it again"):
+            read(packed)
