@@ -253,7 +253,8 @@ def submit(
             runner.execute(planned, engine, folder, watcher)
     ran = submission.first_samples(record.read(folder), samples)
     kept = "tight" if sandbox.is_tight() else "loose"
-    written = submission.publish(mine, full, grid_file, samples, planned, ran, out, kept)
+    header = submission.whole_header(mine, full, planned)
+    written = submission.publish(mine, full, grid_file, samples, planned, ran, out, kept, header)
     beside = submission.references(full, out, written, samples)
     tracks = [name for name in boards.tracks([ran]) if boards.track_named(name).produces in mine.produces]
     _show([ran, *beside], tracks, "table")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from bench import registry, submission, verification
@@ -56,7 +57,11 @@ def _adopted(
             copy, registry.Spec(class_name, parsed.parameters), relative, grid, samples, data_root,
             ran.rows[0]["device"],
         )  # fmt: skip
-    path = submission.publish(mine, grid, grid_file, samples, planned, ran, out, "none")
+    header = submission.whole_header(mine, grid, planned)
+    if samples is not None:  # a board of parts alone has its ranks, and says what it is a part of
+        cells = {f"{scenario} {spec}": count for scenario, count in counts.items()}
+        header = replace(header, cells=cells, whole=max(asked.values()))
+    path = submission.publish(mine, grid, grid_file, samples, planned, ran, out, "none", header)
     verification.inspect(path, data_root)
     return path
 

@@ -106,8 +106,18 @@ def _head(grid: str, track: str, question: str, runs: Sequence[Run]) -> str:
         f"{values('device')}. The CSV file of the same name has every column; any trial again:",
         f"`leakbench rerun results/records/{grid}/ATTACK/rN.jsonl.gz TRIAL`.",
     ]
-    parts = [f"# {grid}: {track} leaderboard", title, " ".join(sentences), " ".join(provenance)]
+    parts = [f"# {grid}: {track} leaderboard", title, _shortfall(runs), " ".join(sentences)]
+    parts.append(" ".join(provenance))
     return "".join(f"{part}\n\n" for part in parts if part)
+
+
+def _shortfall(runs: Sequence[Run]) -> str:
+    """What is said of records that are a part of their grid; nothing where all are whole."""
+    short = [run.headers[-1] for run in runs if run.headers[-1].shortfall]
+    if not short:
+        return ""
+    most, whole = max(max(one.cells.values()) for one in short), max(one.whole for one in short)
+    return f"**A part of {short[0].grid}: at most {most} samples a cell, where the grid has up to {whole}.**"
 
 
 def main() -> None:

@@ -368,22 +368,13 @@ def publish(
     ran: record.Run,
     out: Path,
     kept: str,
+    header: Header,
 ) -> Path:
-    """Writes the attack's records and its manifest; returns the records' file.
+    """Writes the attack's records, under their header, and its manifest; returns the records' file.
 
-    The header asks for all that the grid has, so that a part of it is shown as one. `kept`: how tightly the
-    attack was.
+    `kept`: how tightly the attack was.
     """
     rows = [row for row in ran.rows if row["attack"] == mine.spec]
-    asked = planned.header()
-    header = Header(
-        asked.grid,
-        asked.grid_hash,
-        asked.title,
-        {f"{scenario.key} {mine.spec}": count for scenario, count in asked_of(grid, mine.spec).items()},
-        asked.scenarios,
-        asked.seed,
-    )
     lines = [record.line(header), *(record.line(Record(**row)) for row in _in_order(rows, header))]
     content = "".join(f"{line}\n" for line in lines).encode()
     manifest = Manifest(
@@ -425,6 +416,12 @@ def publish(
         path.with_suffix(".json"), json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode() + b"\n"
     )
     return path
+
+
+def whole_header(mine: Submitted, grid: Grid, planned: Plan) -> Header:
+    """It asks for all that the grid has of the attack, so that a part of it is shown as one."""
+    cells = {f"{scenario.key} {mine.spec}": count for scenario, count in asked_of(grid, mine.spec).items()}
+    return replace(planned.header(), cells=cells, whole=0)
 
 
 def _in_order(rows: Sequence[dict[str, Any]], header: Header) -> list[dict[str, Any]]:

@@ -63,6 +63,10 @@ def test_each_attack_gets_its_own_records_that_verify(run, tmp_path, leakbench):
 def test_a_part_says_that_it_is_one(run, tmp_path):
     written = list(adopt.adopt(run("--samples", 2), tmp_path / "records"))
     assert {json.loads(path.with_suffix(".json").read_text())["samples"] for path in written} == {2}
+    publish.publish(tmp_path)
+    board = (tmp_path / "leaderboards" / "tiny-label.md").read_text()
+    assert "**A part of tiny: at most 2 samples a cell, where the grid has up to 4.**" in board
+    assert "| 1 | lambda_recovery(search='paper') |" in board
 
 
 def test_what_cannot_be_published_is_one_line(run, tmp_path, monkeypatch):
