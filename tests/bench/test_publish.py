@@ -69,7 +69,7 @@ def test_boards_are_written_from_packed_records_and_again_the_same(results, leak
 def test_what_is_committed_was_made_by_this_command(tmp_path):
     if not (ROOT / "results" / "records").is_dir():
         pytest.skip("no records are committed yet")
-    for part in ("records", "leaderboards"):
+    for part in ("records", "leaderboards", "defenses"):
         shutil.copytree(ROOT / "results" / part, tmp_path / part)
     before = contents(tmp_path)
     publish.publish(tmp_path)
