@@ -342,8 +342,6 @@ def _differing(row: dict[str, Any], now: dict[str, Any]) -> str | None:
         return claimed
     if row["outcome"] != now["outcome"]:
         return None if row["outcome"] in _LENIENT else "outcome"
-    if row["outcome"] in FAILED and row["success"]:
-        return "success"
     return next((metric for metric in METRICS if not _alike(metric, row, now)), None)
 
 

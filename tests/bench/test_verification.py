@@ -441,3 +441,12 @@ def test_on_another_machine_no_other_metric_is_better_either(metric, forged):
     handed_in = [dataclasses.replace(row, **{metric: forged}) for row in truth]
     with pytest.raises(UserError, match=f"recorded images are better than repeated ones: {metric} by"):
         verification.compare(image_submission(handed_in, "another"), list(map(vars, truth)))
+
+
+def test_a_refused_guess_that_is_right_agrees_with_its_repetition():
+    """Its success is recorded, and counts on no board."""
+    row = dataclasses.replace(image_rows(1)[0], outcome="unidentifiable", success=True, label_error=0.001)
+    handed_in = image_submission([row], submission.machine())
+    verification.compare(handed_in, [vars(row)])
+    with pytest.raises(UserError, match="success is True in the records, and False"):
+        verification.compare(handed_in, [vars(row) | {"success": False, "label_error": 0.4}])
