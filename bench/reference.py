@@ -27,7 +27,7 @@ from bench.report import utility
 from bench.report.assumptions import KINDEST, assumptions
 from bench.report.leaderboard import NETWORK, Track, rows_of, track_named
 from bench.report.page import THREAT_MODELS
-from bench.report.tables import MEASURES, Names, parsed, phrase
+from bench.report.tables import MEASURES, Names, parsed, phrase, short
 from bench.threat import STAGES, Attack, Defense, Knowledge
 
 ROOT = registry.ROOT
@@ -343,7 +343,11 @@ def _cost(name: str, costs: Sequence[dict[str, Any]]) -> str:
             continue
         plain = groups.get((dataset, model, "none"), [])
         lines.append(
-            [f"`{_short(spec)}`", f"{dataset}, {model.partition('(')[0]}", *_cost_cells(rows, plain)]
+            [
+                f"`{short(registry.defenses, spec)}`",
+                f"{dataset}, {model.partition('(')[0]}",
+                *_cost_cells(rows, plain),
+            ]
         )
     heads = ("as", "trained", "accuracy", "cost", "time", "kB", "ε (δ)")
     return f"Cost:\n\n{_table(heads, lines)}" if lines else ""
@@ -362,12 +366,6 @@ def _cost_cells(rows: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]])
     epsilon, delta = rows[0]["epsilon"], rows[0]["delta"]
     proven = "–" if epsilon is None else f"{epsilon:.3g} ({delta:g})"
     return [*cells, f"{mean(rows, 'bytes') / 1000:.0f}", proven]
-
-
-def _short(spec: str) -> str:
-    """Without defaults; as it is where a part is gone from the suite."""
-    known = set(registry.defenses.names())
-    return registry.defenses.short(spec) if _members(spec) <= known else spec
 
 
 # --- what both share --------------------------------------------------------------------------------------

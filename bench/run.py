@@ -210,10 +210,7 @@ def entrant(attack: str, scenario: Scenario, facts: Facts) -> Entrant:
     """
     made = registry.attacks.make(attack)
     produces = frozenset(made.produces)
-    if not produces or produces - set(PARTS):
-        raise UserError(f"{attack}: produces = {sorted(produces)} is not some of {', '.join(PARTS)}")
-    if made.reads not in STACK:
-        raise UserError(f"{attack}: reads = {made.reads!r} is neither 'head' nor 'all'")
+    check_declared(attack, produces, made.reads)
     granted = frozenset(made.uses) & facts.granted
     try:
         skip = made.skip(replace(facts, granted=granted))
@@ -230,6 +227,14 @@ def entrant(attack: str, scenario: Scenario, facts: Facts) -> Entrant:
         skip,
         stacks=hasattr(made, "run_many"),
     )
+
+
+def check_declared(attack: str, produces: frozenset[str], reads: str) -> None:
+    """Raises a UserError where an attack says that it produces or reads what none can."""
+    if not produces or produces - set(PARTS):
+        raise UserError(f"{attack}: produces = {sorted(produces)} is not some of {', '.join(sorted(PARTS))}")
+    if reads not in STACK:
+        raise UserError(f"{attack}: reads = {reads!r} is neither 'head' nor 'all'")
 
 
 def network_of(scenario: Scenario, data_root: Path | None) -> Network:

@@ -46,7 +46,6 @@ GRIDS = {"images": "images-v1", "soft_labels": "labels-v1", "features": "labels-
 NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
 """What an attack may be named: records lie in a folder of that name."""
 
-PARTS = frozenset(GRIDS)
 GRANTABLE = frozenset(field.name for field in dataclasses.fields(Knowledge))
 
 
@@ -139,10 +138,7 @@ def _checked(
     name, produces, uses = str(said["name"]), frozenset(said["produces"]), frozenset(said["uses"])
     if not NAME.fullmatch(name):
         raise UserError(f"{file}: name = {name!r} is no name: lower-case letters, digits and _")
-    if not produces or produces - PARTS:
-        raise UserError(f"{file}: produces = {sorted(produces)} is not some of {', '.join(sorted(PARTS))}")
-    if said["reads"] not in ("head", "all"):
-        raise UserError(f"{file}: reads = {said['reads']!r} is neither 'head' nor 'all'")
+    run.check_declared(file, produces, said["reads"])
     if uses - GRANTABLE:
         raise UserError(
             f"{file}: uses {sorted(uses - GRANTABLE)[0]!r}{nearest(min(uses - GRANTABLE), GRANTABLE)}"

@@ -31,7 +31,7 @@ from bench.errors import UserError
 from bench.isolation import Attempt
 from bench.metrics import FAILED as UNANSWERED
 from bench.report import record, statistics
-from bench.report.leaderboard import EXACT_PSNR, FAILED, WORST
+from bench.report.leaderboard import EXACT_PSNR, FAILED, RANKS_BY, WORST
 from bench.report.record import METRICS, Record, Run
 from bench.run import Plan
 from bench.submission import Manifest, Submitted
@@ -445,10 +445,6 @@ def compare_fresh(submitted: Submission, plan: Plan, fresh: Sequence[dict[str, A
         if cell == "all cells together"
     )
     return f"fresh examples: {found}; margins {MARGINS}, p < {SIGNIFICANCE} would refuse"
-
-
-RANKS_BY = {"images": "psnr", "soft_labels": "success", "features": "feature_cosine"}
-"""What is produced -> the metric that ranks its track."""
 
 
 def _groups(plan: Plan) -> dict[str, str]:

@@ -18,7 +18,7 @@ from attacks.solvers.layerwise import SentGradient, correlate
 _GRID = 4001
 _DECADES = (-8.0, 10.0)
 _BISECTIONS = 60
-_HARD = 0.05  # noise of 1e-3 leaves .007, a label smoothed by .1 at least .06
+_HARD = 0.05  # of ‖∇W d‖: far above rounding, below what a mixed label leaves
 
 
 def head_input(weight_gradient: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, int]:

@@ -48,7 +48,6 @@ WORST = {
 }
 """What a trial without an answer scores; λ's error isn't here: it is the mean over those who gave a λ."""
 
-
 EXACT_PSNR = 200.0
 """In dB; also the most that an image which is nearly exact scores. As `metrics` has it within a batch."""
 
@@ -103,6 +102,9 @@ _TRACKS = {
         "how near the last layer's inputs are, with 95 % intervals",
     ),
 }  # fmt: skip
+
+RANKS_BY = {track.produces: track.ranks_by for track in _TRACKS.values()}
+"""What is produced -> the metric that ranks its track."""
 
 TRACKS = tuple(_TRACKS)
 """The tracks that there are."""
@@ -296,7 +298,7 @@ def _scored(trials: pd.DataFrame, produced: dict[str, frozenset[str]]) -> pd.Dat
     exact_bytes = trials["psnr_8bit"].isna() & trials["mse"].notna()
     scored["psnr_8bit"] = trials["psnr_8bit"].mask(exact_bytes, EXACT_PSNR)
     lost = trials["outcome"].isin(FAILED)
-    for metric in ("success", "psnr", "feature_cosine"):  # what ranks, whatever was answered beside
+    for metric in RANKS_BY.values():  # whatever was answered beside
         scored[metric] = scored[metric].mask(lost & scored[metric].notna(), WORST[metric])
     for track in _TRACKS.values():
         makes = counts & pd.Series([track.produces in produced[attack] for attack in trials["attack"]])

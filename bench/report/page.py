@@ -465,8 +465,8 @@ def _gallery(pictures: Sequence[Picture], place: str) -> list[dict[str, Any]]:
         )
         shown.append(
             {
-                "attack": _short(registry.attacks, row["attack"]),
-                "defense": _short(registry.defenses, row["defense"]),
+                "attack": tables.short(registry.attacks, row["attack"]),
+                "defense": tables.short(registry.defenses, row["defense"]),
                 "where": f"{row['dataset']}, {row['model']}, {row['weights']}",
                 "sample": row["sample"],
                 "score": score,
@@ -483,13 +483,6 @@ def _gallery(pictures: Sequence[Picture], place: str) -> list[dict[str, Any]]:
             }
         )
     return shown
-
-
-def _short(kind: registry.Registry[Any], spec: str) -> str:
-    try:
-        return kind.short(spec) if boards.is_loadable(spec) else spec
-    except (UserError, ImportError):
-        return spec
 
 
 def _command(place: str, row: dict[str, Any]) -> str:
@@ -530,7 +523,7 @@ def _landscape(one: Landscape | None, place: str) -> dict[str, Any] | None:
         "panels": panels,
         "truth": f"{one.truth:.6g}",
         "found": found,
-        "attack": _short(registry.attacks, one.row["attack"]),
+        "attack": tables.short(registry.attacks, one.row["attack"]),
         "where": f"{one.row['dataset']}, {one.row['model']}, {one.row['weights']}, {one.row['defense']}",
         "command": _command(place, one.row),
     }
@@ -555,7 +548,7 @@ def _noise_curves(board: pd.DataFrame | None) -> list[dict[str, Any]]:
         for row in rows:
             spec = _single(row["defense"])
             if _network(row) == network and spec and spec.target == defense:
-                attack = _short(registry.attacks, row["attack"]) + (
+                attack = tables.short(registry.attacks, row["attack"]) + (
                     f", told {row['knowledge']}" if row["knowledge"] else ""
                 )
                 groups.setdefault(key, {}).setdefault(attack, []).append(
@@ -745,7 +738,7 @@ def _threats(shown: Iterable[pd.DataFrame], manifests: Sequence[dict[str, Any]])
         for row in boards.rows_of(board):
             spec = row["attack"]
             entry = found.setdefault(spec, {"told": set()} | _said(spec, by_spec))
-            entry["spec"] = _short(registry.attacks, spec)
+            entry["spec"] = tables.short(registry.attacks, spec)
             entry["needs"] = "; ".join(needs.get(spec.partition("(")[0], [])) or "—"
             entry["told"] |= {row["knowledge"]} - {""}
     return [

@@ -148,10 +148,10 @@ class Names:
 
     def __init__(self, board: pd.DataFrame, track: Track) -> None:
         attacks = list(board["attack"].unique())
-        self._attacks = {spec: _short(registry.attacks, spec, _told_apart(spec, attacks)) for spec in attacks}
+        self._attacks = {spec: short(registry.attacks, spec, _told_apart(spec, attacks)) for spec in attacks}
         single = [spec for spec in board["defense"].unique() if len(registry.split_chain(spec)) == 1]
         self.defenses = {
-            spec: _short(registry.defenses, spec, _told_apart(spec, single) if spec in single else ())
+            spec: short(registry.defenses, spec, _told_apart(spec, single) if spec in single else ())
             for spec in board["defense"].unique()
         }
         if track.name == "label" and "none" in self.defenses:
@@ -203,7 +203,7 @@ def needs_of(board: pd.DataFrame) -> dict[str, list[str]]:
     return found
 
 
-def _short(kind: registry.Registry[Any], spec: str, keeping: Collection[str] = ()) -> str:
+def short(kind: registry.Registry[Any], spec: str, keeping: Collection[str] = ()) -> str:
     """The short spec; one that can't be resolved any more as it is."""
     if not is_loadable(spec):
         return spec
