@@ -53,12 +53,14 @@ STARTS = 3
 """How often a local cluster is tried to be started."""
 
 SETTINGS = {
+    "distributed.admin.system-monitor.interval": "10s",  # looks at the machine, which short trials pay for
     "distributed.deploy.lost-worker-timeout": "60s",  # a busy machine takes its time to start one again
     "distributed.nanny.pre-spawn-environ": {},  # Dask's makes malloc slow: it hands all memory back
     "distributed.scheduler.allowed-failures": DEATHS,
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.worker-ttl": None,  # by the wall clock, which jumps; a lost connection says it too
+    "distributed.worker.profile.enabled": False,  # it looks at all threads a hundred times a second
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,  # what a client holds never goes to the disk
     "distributed.worker.memory.pause": False,

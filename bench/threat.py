@@ -7,7 +7,8 @@ linear layer's input.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -252,6 +253,14 @@ class Defense(Protocol):
         """Change the update before it leaves the client."""
         return update
 
+    def is_tensorwise(self) -> bool:
+        """Whether `change_update` leaves each tensor as it would without the others.
+
+        Then the head's entries alone can be computed where nothing else is read. One that draws random
+        numbers takes `with_generators`.
+        """
+        return "change_update" not in self.stages()
+
     def privacy(self, steps: int, sample_rate: float, delta: float) -> tuple[float, float] | None:
         """(ε, δ) of `steps` rounds at Poisson rate `sample_rate`, or None where nothing is proven."""
         return None
@@ -261,6 +270,14 @@ class Defense(Protocol):
         return frozenset(
             stage for stage in STAGES if getattr(type(self), stage) is not getattr(Defense, stage)
         )
+
+
+def with_generators(update: Update, rng: torch.Generator) -> Iterator[tuple[str, Tensor, torch.Generator]]:
+    """Each tensor of an update with a generator of its own, whatever other tensors there are."""
+    root = int(torch.randint(2**62, (), generator=rng, device=rng.device))
+    for name, value in update.items():
+        own = int.from_bytes(hashlib.sha256(f"{root} {name}".encode()).digest()[:8]) >> 1
+        yield name, value, torch.Generator(device=rng.device).manual_seed(own)
 
 
 def mask(update: Update, head: str, reads: str) -> Update:

@@ -390,10 +390,11 @@ def observe(chunk: Chunk, context: Context) -> Observed:
     stacked = (
         chunk.reads == "head"
         and scenario.protocol == protocol.FedSGD.name
-        and not defense.stages() & {"gradient", "change_update"}
+        and "gradient" not in defense.stages()
+        and defense.is_tensorwise()
     )
-    for batch, pool, batch_seed in zip(private, pools, drawn, strict=True):
-        rng = torch.Generator(device="cpu").manual_seed(seed(batch_seed, scenario.defense))
+    rngs = [torch.Generator(device="cpu").manual_seed(seed(one, scenario.defense)) for one in drawn]
+    for batch, pool, rng in zip(private, pools, rngs, strict=True):
         let_out = _split(batch, talk.clients)
         if changes:
             others = dataset.batch(pool, context.device)
@@ -416,7 +417,8 @@ def observe(chunk: Chunk, context: Context) -> Observed:
     formats = [frozenset(itertools.islice(each, labels.shape[1])) for _ in released]
     if stacked:
         heads = client.head_updates(features, labels)
-        updates = [({name: value[m] for name, value in heads.items()},) for m in range(len(released))]
+        plain = [{name: value[m] for name, value in heads.items()} for m in range(len(released))]
+        updates = [(defense.change_update(client, one, rng),) for one, rng in zip(plain, rngs, strict=True)]
     facts = _facts_of(scenario, dataset, client)
     auxiliary = _auxiliary(dataset, scenario, context.device)
     head = client.head  # looked up once

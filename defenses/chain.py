@@ -51,6 +51,10 @@ class Chain(Defense):
         """Every part's change of the update, in turn."""
         return reduce(lambda changed, part: part.change_update(client, changed, rng), self.parts, update)
 
+    def is_tensorwise(self) -> bool:
+        """Where every part is."""
+        return all(part.is_tensorwise() for part in self.parts)
+
     def privacy(self, steps: int, sample_rate: float, delta: float) -> tuple[float, float] | None:
         """None: what one part guarantees is not derived for the chain (mixup changes DP's sensitivity)."""
         return None

@@ -36,6 +36,10 @@ class Pruning(Defense):
         """Zeroes all but the largest magnitudes of each tensor: parameter name -> tensor of its shape."""
         return {name: self._pruned(value) for name, value in update.items()}
 
+    def is_tensorwise(self) -> bool:
+        """Each tensor keeps its own largest."""
+        return True
+
     def _pruned(self, value: torch.Tensor) -> torch.Tensor:
         kept = max(1, round((1 - self.share) * value.numel()))
         flat = value.flatten()

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from bench import registry
-from bench.threat import Client, Defense, Update
+from bench.threat import Client, Defense, Update, with_generators
 
 
 @registry.defenses.register
@@ -26,6 +26,7 @@ class Quantization(Defense):
 
     name: ClassVar[str] = "quantization"
     title: ClassVar[str] = "quantization (QSGD)"
+    revision: ClassVar[int] = 2
     paper: ClassVar[str] = "https://arxiv.org/abs/1610.02132"
 
     bits: int = 8
@@ -36,7 +37,11 @@ class Quantization(Defense):
 
     def change_update(self, client: Client, update: Update, rng: torch.Generator) -> Update:
         """Rounds each entry to a level at random: parameter name -> tensor of its shape."""
-        return {name: self._rounded(value, rng) for name, value in update.items()}
+        return {name: self._rounded(value, own) for name, value, own in with_generators(update, rng)}
+
+    def is_tensorwise(self) -> bool:
+        """Each tensor has its own scale, and its own generator."""
+        return True
 
     def _rounded(self, value: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         levels = 2 ** (self.bits - 1) - 1

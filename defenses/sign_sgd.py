@@ -26,3 +26,7 @@ class SignSGD(Defense):
     def change_update(self, client: Client, update: Update, rng: torch.Generator) -> Update:
         """Each entry's sign, -1, 0 or 1: parameter name -> tensor of its shape."""
         return {name: value.sign() for name, value in update.items()}
+
+    def is_tensorwise(self) -> bool:
+        """Each entry is changed by itself."""
+        return True

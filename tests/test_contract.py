@@ -251,6 +251,13 @@ class TestDefense:
         first, second = sent(1), sent(2)
         assert all(same(first[key], second[key]) for key in first)
 
+    def test_changes_a_tensor_without_the_others_where_it_says_so(self, name):
+        defense, client = defenses.make(name), FedSGDClient(network(bias=True))
+        update, one = client.gradient(batch(n=2)), f"{client.head}.weight"
+        alone = defense.change_update(client, {one: update[one]}, rng())[one]
+        among = defense.change_update(client, update, rng())[one]
+        assert same(alone, among) or not defense.is_tensorwise()
+
     def test_promises_a_finite_epsilon_or_none(self, name):
         promised = defenses.make(name).privacy(steps=100, sample_rate=0.01, delta=1e-5)
         if promised is not None:

@@ -163,7 +163,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def label_columns(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
-    """What is measured of labels in the truth's order, (N, K), (N, K) -> a scalar each."""
+    """What is measured of labels in the truth's order, (..., N, K), (..., N, K) -> (...) each."""
     metrics = (success, label_error, label_l1, top1, class_existence, class_counts, class_counts_exact)
     return {metric.__name__: metric(predicted, true) for metric in metrics}
 

@@ -2,7 +2,8 @@
 
 Predictions come in any order: `match` pairs them with the truth, once a trial, and every other metric takes
 predictions that are already in the truth's order. A row that is not finite is a wrong row: its distance is
-infinite, its top-1 is 0, and it names no class. Nothing raises on bad values; shapes must agree.
+infinite, its top-1 is 0, and it names no class. Nothing raises on bad values; shapes must agree. From
+`label_errors` on, dimensions may come before those of a batch: a stack of trials is measured at once.
 
 An example's class is the first entry within 1e-6 of its row's maximum, so that a fifty-fifty mix recovered
 up to rounding names the same class as the truth.
@@ -46,12 +47,12 @@ def label_errors(predicted: Tensor, true: Tensor) -> Tensor:
     >>> label_errors(torch.tensor([[0.9, 0.1]]), torch.tensor([[1.0, 0.0]])).round(decimals=6).tolist()
     [0.1]
     """
-    return _infinite_if_broken((predicted.double() - true.double()).abs().amax(dim=1))
+    return _infinite_if_broken((predicted.double() - true.double()).abs().amax(dim=-1))
 
 
 def label_error(predicted: Tensor, true: Tensor) -> Tensor:
     """max|ŷ − y| over all examples and classes, (N, K), (N, K) -> ()."""
-    return label_errors(predicted, true).amax()
+    return label_errors(predicted, true).amax(dim=-1)
 
 
 def success(predicted: Tensor, true: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def label_l1(predicted: Tensor, true: Tensor) -> Tensor:
     >>> float(label_l1(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])))
     2.0
     """
-    return _infinite_if_broken((predicted.double() - true.double()).abs().sum(dim=1)).mean()
+    return _infinite_if_broken((predicted.double() - true.double()).abs().sum(dim=-1)).mean(dim=-1)
 
 
 def top1(predicted: Tensor, true: Tensor) -> Tensor:
@@ -84,8 +85,8 @@ def top1(predicted: Tensor, true: Tensor) -> Tensor:
     1.0
     """
     guesses = _maxima(predicted)  # (N, K)
-    right = (guesses & _maxima(true)).sum(dim=1)
-    return (right / guesses.sum(dim=1).clamp(min=1)).double().mean()
+    right = (guesses & _maxima(true)).sum(dim=-1)
+    return (right / guesses.sum(dim=-1).clamp(min=1)).double().mean(dim=-1)
 
 
 def class_existence(predicted: Tensor, true: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def class_existence(predicted: Tensor, true: Tensor) -> Tensor:
     >>> float(class_existence(torch.eye(4)[[0, 0]], torch.eye(4)[[0, 1]]))
     0.75
     """
-    return ((_counts(predicted) > 0) == (_counts(true) > 0)).double().mean()
+    return ((_counts(predicted) > 0) == (_counts(true) > 0)).double().mean(dim=-1)
 
 
 def class_counts(predicted: Tensor, true: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def class_counts(predicted: Tensor, true: Tensor) -> Tensor:
     >>> float(class_counts(torch.eye(4)[[0, 0]], torch.eye(4)[[0, 1]]))
     0.5
     """
-    return torch.minimum(_counts(predicted), _counts(true)).sum().double() / len(true)
+    return torch.minimum(_counts(predicted), _counts(true)).sum(dim=-1).double() / true.shape[-2]
 
 
 def class_counts_exact(predicted: Tensor, true: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def class_counts_exact(predicted: Tensor, true: Tensor) -> Tensor:
     >>> float(class_counts_exact(torch.eye(4)[[0, 0]], torch.eye(4)[[0, 1]]))
     0.5
     """
-    return (_counts(predicted) == _counts(true)).double().mean()
+    return (_counts(predicted) == _counts(true)).double().mean(dim=-1)
 
 
 def lam_error(predicted: float, true: float) -> float:
@@ -136,11 +137,11 @@ def _infinite_if_broken(distances: Tensor) -> Tensor:
 
 def _maxima(labels: Tensor) -> Tensor:
     """Which entries share their row's maximum, (N, K), bool; none in a row that is not finite."""
-    tops = labels >= labels.amax(dim=1, keepdim=True) - TIE
-    return tops & torch.isfinite(labels).all(dim=1, keepdim=True)
+    tops = labels >= labels.amax(dim=-1, keepdim=True) - TIE
+    return tops & torch.isfinite(labels).all(dim=-1, keepdim=True)
 
 
 def _counts(labels: Tensor) -> Tensor:
     """How many examples each class has, (K,): the first maximum of each row."""
     tops = _maxima(labels)
-    return (tops & (tops.cumsum(dim=1) == 1)).sum(dim=0)
+    return (tops & (tops.cumsum(dim=-1) == 1)).sum(dim=-2)

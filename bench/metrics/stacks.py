@@ -79,32 +79,16 @@ def _together(
     assert labels is not None
     released = torch.stack([truth.released.soft_labels for truth in truths])
     private = torch.stack([truth.private.soft_labels for truth in truths])
-    values: dict[str, Tensor]
-    if features is None:
-        values = torch.vmap(_of_labels)(labels, released, private)
-    else:
+    values = label_columns(labels, released) | {"private_top1": top1(labels, private)}
+    if features is not None:
         true = torch.stack([truth.features for truth in truths])
-        values = torch.vmap(_of_both)(labels, released, private, features, true)
+        values["feature_error"] = feature_error(features, true)
+        values["feature_cosine"] = feature_cosine(features, true)
     columns: Columns = dict.fromkeys(COLUMNS)
     for part in sorted(produces | {"soft_labels"}):
         columns |= FAILED[part]
     numbers = torch.stack([value.double() for value in values.values()], dim=1).tolist()
     return [columns | _recorded(values, row) for row in numbers]
-
-
-def _of_labels(labels: Tensor, released: Tensor, private: Tensor) -> dict[str, Tensor]:
-    """Of one trial, a scalar each."""
-    return label_columns(labels, released) | {"private_top1": top1(labels, private)}
-
-
-def _of_both(
-    labels: Tensor, released: Tensor, private: Tensor, features: Tensor, true: Tensor
-) -> dict[str, Tensor]:
-    """The same, and of features."""
-    return _of_labels(labels, released, private) | {
-        "feature_error": feature_error(features, true),
-        "feature_cosine": feature_cosine(features, true),
-    }
 
 
 def _stacked(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
