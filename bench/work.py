@@ -404,7 +404,10 @@ def observe(chunk: Chunk, context: Context) -> Observed:
             with client.head_inputs() as passed:
                 updates.append(talk.updates(client, defense, let_out, rng))
             if random_features:
-                drawn_features.append(torch.cat(passed[: talk.clients]))
+                # What is attacked is the last round's update; of several local steps the first is on the
+                # public weights.
+                a_round = len(passed) // len(updates[-1])
+                drawn_features.append(torch.cat(passed[-a_round:][: talk.clients]))
 
     if random_features:
         features = torch.stack(drawn_features)

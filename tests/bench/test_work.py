@@ -29,3 +29,27 @@ def test_the_head_computed_alone_is_the_head_of_the_whole_update(defense):
         assert set(one.update) == {"head.weight", "head.bias"} < set(other.update)
         for name, value in one.update.items():
             assert torch.allclose(value, other.update[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "protocol", ["fedsgd", "rounds(count=3)", "fedavg(steps=1, lr=0.5)", "secure_aggregation(clients=1)"]
+)
+def test_features_that_are_drawn_are_those_of_the_update(protocol):
+    """PRECODE draws ε with every gradient: ∇W = (p - y) xᵀ holds for the x of that one alone."""
+    block = Block(
+        dataset=["mnist5k"],
+        model=["fcn(depth=2, width=16)"],
+        defense=["precode(width=8)"],
+        protocol=[protocol],
+        attacks=["idlg"],
+        samples=2,
+    )
+    grid = Grid(name="drawn", blocks=[block])
+    planned = plan(grid, grid, None, "cpu")
+    weights = {network: weights_sha256(network, None) for network in planned.networks.values()}
+    (chunk,) = planned.chunks(weights)
+    observed = observe(chunk, planned.context)
+    for seen, truth in zip(observed.observations, observed.truths, strict=True):
+        sent = seen.update[f"{seen.head}.weight"] / (-0.5 if protocol.startswith("fedavg") else 1)
+        gradient = torch.outer(truth.u[0], truth.features[0].double())
+        assert torch.allclose(sent.double(), gradient, rtol=1e-4, atol=1e-6)
