@@ -463,6 +463,15 @@ def _message(text: dict[str, Any] | list[Any], tensors: dict[str, Tensor]) -> by
     return json.dumps(text).encode() + b"\0" + safetensors.torch.save(plain)
 
 
+def _loaded(blob: bytes, device: str) -> dict[str, Tensor]:
+    """The tensors of a message, where torch itself would put them.
+
+    MKL's sums come out with other last digits where numbers don't start at a multiple of 16 bytes, and bytes
+    lie wherever there was room.
+    """
+    return {name: one.to(device, copy=True) for name, one in safetensors.torch.load(blob).items()}
+
+
 def _model_message(model: nn.Module, architecture: Architecture) -> bytes:
     """The weights of a model; a weight that has two names is sent once."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -539,7 +548,7 @@ class _Model:
     def whole(self, device: str) -> nn.Module:
         """A copy of its own."""
         model = copy.deepcopy(self._skeleton)
-        tensors = {name: one.to(device) for name, one in safetensors.torch.load(self._weights).items()}
+        tensors = _loaded(self._weights, device)
         for name in self._parameters:
             tensors[name] = nn.Parameter(tensors[name], requires_grad=name not in self._frozen)
         for name, source in self._tied.items():
@@ -560,7 +569,7 @@ def _architecture(text: dict[str, Any]) -> Architecture:
 
 def _asked(text: dict[str, Any], blob: bytes, model: nn.Module) -> list[Observation]:
     """The observations of a question."""
-    tensors = {name: one.to(text["device"]) for name, one in safetensors.torch.load(blob).items()}
+    tensors = _loaded(blob, text["device"])
     given = text["facts"]
     facts = Facts(
         **(given | {"image_shape": tuple(given["image_shape"]), "granted": frozenset(given["granted"])})
@@ -576,7 +585,7 @@ def _asked(text: dict[str, Any], blob: bytes, model: nn.Module) -> list[Observat
     layers = [key.partition(" ")[2] for key in tensors if key.startswith("mean ")]
 
     def update(when: int, at: int) -> Update:
-        return {name: value[at] for name, value in updates.get(when, {}).items()}
+        return {name: value[at].clone() for name, value in updates.get(when, {}).items()}
 
     return [
         Observation(

@@ -50,6 +50,18 @@ def results(folder: Path) -> dict[str, tuple[Any, ...]]:
     return {row["trial"]: tuple(row[column] for column in COMPARED) for row in record.read(folder).rows}
 
 
+def report(found: dict[str, tuple[Any, ...]], unbroken: dict[str, tuple[Any, ...]]) -> bool:
+    """Prints what was lost, added or became something else; whether nothing was."""
+    differing = [trial for trial in unbroken.keys() & found.keys() if found[trial] != unbroken[trial]]
+    lost, foreign = len(unbroken.keys() - found.keys()), len(found.keys() - unbroken.keys())
+    print(f"lost: {lost}, foreign: {foreign}, differing: {len(differing)}", flush=True)
+    for trial in differing[:10]:
+        pairs = zip(COMPARED, unbroken[trial], found[trial], strict=True)
+        changes = [f"{column} {was} became {now}" for column, was, now in pairs if was != now]
+        print(f"  {trial}: {', '.join(changes)}")
+    return not differing and not lost and not foreign
+
+
 def start(grid: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
     """The command, in a session of its own."""
     command = [sys.executable, "-m", "bench", "run", str(grid), "--out", str(out), "--quiet"]
@@ -102,24 +114,16 @@ def main() -> None:
         started, killed, out = time.monotonic(), Counter[str](), Path(folder) / "disturbed"
         while killed.total() < asked.kills:  # done before enough were killed: once more, from nothing
             if out.exists():
-                same = results(out) == unbroken
-                print(f"  done after {killed.total()} kills, records equal: {same}; again, from nothing")
-                if not same:
+                print(f"  done after {killed.total()} kills; again, from nothing. ", end="")
+                if not report(results(out), unbroken):
                     sys.exit(1)
                 (out / record.FILE).unlink()
             killed += disturbed(grid, out, asked.kills - killed.total(), asked.pause, asked.seed)
-        found, faults = results(out), record.faults(out)
-        differing = [trial for trial in unbroken if found.get(trial) != unbroken[trial]]
-        print(
-            f"disturbed: {killed.total()} kills ({', '.join(f'{n} {kind}' for kind, n in killed.items())}), "
-            f"{time.monotonic() - started:.0f} s\n"
-            f"lost: {len(unbroken.keys() - found.keys())}, foreign: {len(found.keys() - unbroken.keys())}, "
-            f"differing: {len(differing)}, faults of the file: {len(faults)}"
-        )
-        for trial in differing[:10]:
-            print(f"  {trial}: {unbroken[trial]} became {found.get(trial)}")
-        print(*faults[:10], sep="\n", end="")
-        sys.exit(1 if differing or faults or found.keys() != unbroken.keys() else 0)
+        kinds, seconds = ", ".join(f"{n} {kind}" for kind, n in killed.items()), time.monotonic() - started
+        print(f"disturbed: {killed.total()} kills ({kinds}), {seconds:.0f} s; ", end="")
+        same, faults = report(results(out), unbroken), record.faults(out)
+        print(f"faults of the file: {len(faults)}", *faults[:10], sep="\n")
+        sys.exit(0 if same and not faults else 1)
 
 
 if __name__ == "__main__":

@@ -323,6 +323,18 @@ def test_all_that_is_granted_arrives(process):
     assert torch.equal(arrived.knowledge.batch_norm["bn"][0], torch.ones(2))
 
 
+def test_what_arrives_lies_where_torch_puts_tensors():
+    """Else the last digits of a matrix product hang on what was asked before."""
+    seen = observations(3)
+    for _ in range(20):
+        head, _, blob = isolation._question("idlg", seen, [1, 2, 3], NET).partition(b"\0")
+        text, _, weights = isolation._model_message(seen[0].model, NET).partition(b"\0")
+        model = isolation._Model(json.loads(text), weights).whole("cpu")
+        arrived = isolation._asked(json.loads(head), blob, model)
+        tensors = [*model.parameters(), *(value for one in arrived for value in one.update.values())]
+        assert {tensor.data_ptr() % 64 for tensor in tensors} == {0}
+
+
 def test_an_attack_gets_no_more_bytes_than_its_observations(process):
     """A view of a stack must not bring the stack along: others' observations would come with it."""
     seen = observations(3)
