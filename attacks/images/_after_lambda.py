@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 
 from attacks.solvers.head import Head, recover_head
-from attacks.solvers.layers import NotInvertibleError
+from attacks.solvers.layers import NotInvertibleError, Row
+from attacks.solvers.layerwise import SentGradient
 from bench.threat import Attack, Facts, Observation, Outcome, Reconstruction
 
 
@@ -74,3 +75,20 @@ class AfterLambda(OneExample):
         Raises:
             NotInvertibleError: the architecture can't be undone, or something needed was not sent.
         """
+
+
+def sent_gradients(observation: Observation, row: Row) -> list[SentGradient]:
+    """What was sent of each layer, by its folded weight.
+
+    Raises:
+        NotInvertibleError: a weight's gradient was not sent.
+    """
+    found = []
+    for layer in row.layers:
+        sent = observation.update.get(f"{layer.name}.weight")
+        if sent is None:
+            raise NotInvertibleError(f"the gradient of {layer.name}.weight was not sent")
+        bias = observation.update.get(f"{layer.name}.bias")
+        weight = sent.double() / layer.gain.reshape(-1, *[1] * (sent.ndim - 1))
+        found.append(SentGradient(weight, None if bias is None else bias.double()))
+    return found

@@ -18,10 +18,10 @@ from typing import ClassVar
 
 import torch
 
-from attacks.images._after_lambda import AfterLambda
+from attacks.images._after_lambda import AfterLambda, sent_gradients
 from attacks.solvers import layerwise
 from attacks.solvers.head import Head
-from attacks.solvers.layers import NotInvertibleError, Row, trace
+from attacks.solvers.layers import trace
 from bench import registry
 from bench.threat import Observation, Outcome, Reconstruction
 
@@ -63,20 +63,3 @@ class Layerwise(AfterLambda):
             images=pixels.nan_to_num(0.5).clamp(0, 1)[None].to(observation.head_weight),
             notes=found.notes | {"reason": reason, "misfit": misfit},
         )
-
-
-def sent_gradients(observation: Observation, row: Row) -> list[layerwise.SentGradient]:
-    """What was sent of each layer, by its folded weight.
-
-    Raises:
-        NotInvertibleError: a weight's gradient was not sent.
-    """
-    found = []
-    for layer in row.layers:
-        sent = observation.update.get(f"{layer.name}.weight")
-        if sent is None:
-            raise NotInvertibleError(f"the gradient of {layer.name}.weight was not sent")
-        bias = observation.update.get(f"{layer.name}.bias")
-        weight = sent.double() / layer.gain.reshape(-1, *[1] * (sent.ndim - 1))
-        found.append(layerwise.SentGradient(weight, None if bias is None else bias.double()))
-    return found

@@ -66,7 +66,7 @@ def test_no_attack_takes_the_bottleneck_for_a_chain_of_layers(seeded):
     facts = Facts(1, K, SHAPE, 32, head_bias=False, nonnegative_features=False)
     found = FCNAnalytic().run(Observation(client.model, update, client.head, facts, Knowledge()), seeded())
     assert found.outcome is Outcome.UNIDENTIFIABLE
-    assert "Sample between linear layers" in found.notes["reason"]
+    assert "Sample between layers" in found.notes["reason"]
 
 
 def test_without_a_bottleneck_it_is_the_plain_gradient(seeded):
