@@ -175,12 +175,15 @@ class LBFGS:
             it), as torch's and DLG's code do.
         lr: the length of a step without a line search.
         first_step: see above.
+        longest: a step without a line search, and the first one on a line, is no longer than this (root mean
+            square): where the objective jumps, as on ReLU nets, the memory's step can be of any length.
     """
 
     memory: int = 20
     line_search: Literal["wolfe", "none"] = "wolfe"
     lr: float = 1.0
     first_step: float = 0.1
+    longest: float = math.inf
 
     def begin(self, variables: Variables) -> Moves:
         """An empty memory."""
@@ -219,7 +222,9 @@ class _LBFGSMoves:
         self._started = self._started | accepted
         self._direction = torch.where(row, -self._product(self._slope), self._direction)
         first = self._first_length()
-        self._length = torch.where(accepted, torch.where(fresh, first, self._method.lr), self._length)
+        longest = self._method.longest / self._direction.square().mean(dim=1).sqrt()
+        length = torch.fmin(torch.where(fresh, first, self._method.lr), longest)
+        self._length = torch.where(accepted, length, self._length)
         return _unflat(self._point + self._length[:, None] * self._direction, variables)
 
     def _judge(self, total: Tensor, promised: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,17 @@ def test_lbfgs_without_a_line_search_is_torchs_for_each_of_a_stack(memory):
         torch.testing.assert_close(found[row], theirs[0], rtol=0, atol=1e-12)
 
 
+def test_no_step_without_a_line_search_is_longer_than_the_longest():
+    free, bound = (
+        points(rosenbrock, start(), LBFGS(line_search="none", **limit), 40)
+        for limit in ({}, {"longest": 0.05})
+    )
+    lengths = torch.stack(bound).diff(dim=0).square().mean(dim=2).sqrt()
+    assert lengths.max() == pytest.approx(0.05)
+    assert torch.stack(free).diff(dim=0).square().mean(dim=2).sqrt().max() > 0.05
+    assert (rosenbrock(bound[-1]) < rosenbrock(bound[0])).all()
+
+
 def test_lbfgs_with_a_line_search_reaches_minima_and_says_so():
     end = descend(value_of(rosenbrock), (start(),), LBFGS(), 400, boxed=False)
     slope = value_of(rosenbrock)(end.variables).slopes[0]
