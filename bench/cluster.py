@@ -50,7 +50,7 @@ REVIVED = 5.0
 """Seconds between two looks whether all local workers are there."""
 
 STARTS = 3
-"""How often a local cluster is tried to be started."""
+"""How often a local cluster is tried to be started, and its workers to be told what they need."""
 
 SETTINGS = {
     "distributed.admin.system-monitor.interval": "10s",  # looks at the machine, which short trials pay for
@@ -177,9 +177,9 @@ class DaskEngine:
         if self._address is None:
             cluster = self._stack.enter_context(self._local())
             self._client = self._stack.enter_context(Client(cluster))
-            self._client.register_plugin(LeavesCtrlCToTheDriver())
+            self._register(LeavesCtrlCToTheDriver())
             if self._gpus:
-                self._client.register_plugin(OneGPU(self._gpus))
+                self._register(OneGPU(self._gpus))
             over = threading.Event()
             threading.Thread(target=self._keep_whole, args=(cluster, over), daemon=True).start()
             self._stack.callback(over.set)
@@ -193,6 +193,13 @@ class DaskEngine:
                 f"the scheduler at {self._address} has no workers; "
                 f"start some with: dask worker {self._address} --nthreads 1"
             )
+
+    def _register(self, plugin: WorkerPlugin) -> None:
+        for _ in range(STARTS - 1):
+            with contextlib.suppress(CommClosedError):  # a worker died over it; who comes instead is told too
+                self._client.register_plugin(plugin)
+                return
+        self._client.register_plugin(plugin)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distributed import Client
+from distributed.comm import CommClosedError
 
 from bench import cluster, run
 from bench.cases.scenario import load_grid, replaced
@@ -278,6 +280,22 @@ def test_workers_see_one_gpu_each():
     with DaskEngine(2, None, gpus=["3", "GPU-7"]) as engine:
         seen = engine._client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
     assert sorted(seen.values()) == ["3", "GPU-7"]
+
+
+def test_a_worker_that_dies_as_it_is_told_what_it_needs_is_replaced(monkeypatch):
+    tell, killed = Client.register_plugin, []
+
+    def fatal(client, plugin, **options):
+        if not killed:
+            killed.append(workers_and_attacks()[0])
+            killed[0].kill()
+            raise CommClosedError
+        return tell(client, plugin, **options)
+
+    monkeypatch.setattr(Client, "register_plugin", fatal)
+    with DaskEngine(1, None) as engine:
+        (handler,) = engine._client.run(signal.getsignal, signal.SIGINT).values()
+    assert handler is signal.SIG_IGN
 
 
 def test_the_wall_clock_may_jump():
