@@ -294,6 +294,7 @@ def test_a_worker_that_dies_as_it_is_told_what_it_needs_is_replaced(monkeypatch)
 
     monkeypatch.setattr(Client, "register_plugin", fatal)
     with DaskEngine(1, None) as engine:
+        engine._client.wait_for_workers(1, timeout=60)
         (handler,) = engine._client.run(signal.getsignal, signal.SIGINT).values()
     assert handler is signal.SIG_IGN
 
