@@ -209,6 +209,11 @@ class Client(Protocol):
         """The module name of the last linear layer."""
         ...
 
+    @property
+    def pool(self) -> Batch | None:
+        """What it holds beside its batch, as `change_batch` gets it; None where that is nothing."""
+        ...
+
     def gradient(self, batch: Batch) -> Update:
         """The gradient of the batch's mean soft cross-entropy: parameter name -> tensor of its shape."""
         ...

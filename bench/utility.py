@@ -13,7 +13,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import filelock
@@ -154,6 +154,7 @@ def measured(asked: Asked, dataset: Dataset) -> Utility:
 def _sent(client: FedSGDClient, defense: Defense, batch: Batch, pool: Batch, rng: torch.Generator) -> Update:
     """All that a client does to a batch."""
     released = defense.change_batch(batch, pool, rng)
+    client = replace(client, pool=pool)
     sent = defense.change_update(client, defense.gradient(client, released, rng), rng)
     return {name: value.detach() for name, value in sent.items()}
 

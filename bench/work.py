@@ -376,9 +376,10 @@ def observe(chunk: Chunk, context: Context) -> Observed:
 
     drawn = [seed(context.grid_seed, *scenario.batch_axes, sample) for sample in chunk.samples]
     changes = "change_batch" in defense.stages()
+    needs_pool = changes or "gradient" in defense.stages()
     chosen, pools = zip(
         *(
-            _batch_and_pool(dataset, scenario, talk, sample, batch_seed, changes)
+            _batch_and_pool(dataset, scenario, talk, sample, batch_seed, needs_pool)
             for sample, batch_seed in zip(chunk.samples, drawn, strict=True)
         ),
         strict=True,
@@ -396,13 +397,16 @@ def observe(chunk: Chunk, context: Context) -> Observed:
     rngs = [torch.Generator(device="cpu").manual_seed(seed(one, scenario.defense)) for one in drawn]
     for batch, pool, rng in zip(private, pools, rngs, strict=True):
         let_out = _split(batch, talk.clients)
-        if changes:
+        holder = client
+        if needs_pool:
             others = dataset.batch(pool, context.device)
+            holder = replace(client, pool=others)
+        if changes:
             let_out = [defense.change_batch(one, others, rng) for one in let_out]
         released.append(_joined(let_out))
         if not stacked:
             with client.head_inputs() as passed:
-                updates.append(talk.updates(client, defense, let_out, rng))
+                updates.append(talk.updates(holder, defense, let_out, rng))
             if random_features:
                 # What is attacked is the last round's update; of several local steps the first is on the
                 # public weights.

@@ -17,9 +17,10 @@ class GradDefense(Defense):
 
     A tensor's sensitivity is the norm of the derivative of its entries' sum by an image, averaged over
     images; its entries share it evenly, and the flattened update is cut where the running sum crosses each
-    `slices`-th of the total. The authors measure it on public data and cut at multiples of the tensors'
-    greatest common size; here it is the batch's own, and the cut is at the entry. Their server then denoises
-    the aggregate, which is no part of what a client sends.
+    `slices`-th of the total. The authors measure it on a public set; here that is the client's other data,
+    none of which is in the batch (or the batch, where there is no other). They cut at multiples of the
+    tensors' greatest common size, here the cut is at the entry. Their server then denoises the aggregate,
+    which is no part of what a client sends.
 
     What it protects: the slices that are drawn; the others are exact. The head's gradient sums to zero
     whatever the image, so that its sensitivity is zero and it lies whole at the end of the last slice: with
@@ -33,6 +34,7 @@ class GradDefense(Defense):
 
     name: ClassVar[str] = "graddefense"
     title: ClassVar[str] = "GradDefense"
+    revision: ClassVar[int] = 2
     paper: ClassVar[str] = "https://ieeexplore.ieee.org/document/9796841"
 
     slices: int = 10
@@ -49,7 +51,7 @@ class GradDefense(Defense):
 
     def gradient(self, client: Client, batch: Batch, rng: torch.Generator) -> Update:
         """The plain gradient with noise on the slices drawn: parameter name -> tensor of its shape."""
-        update, sensitivity = client.gradient(batch), _sensitivity(client, batch)
+        update, sensitivity = client.gradient(batch), _sensitivity(client, client.pool or batch)
         total = sensitivity.sum()
         drawn = torch.randperm(self.slices, generator=rng, device=rng.device)[: self.perturbed]
         noisy = torch.zeros(self.slices, dtype=torch.bool, device=total.device)

@@ -76,6 +76,7 @@ def of_defense(name: str) -> tuple[str, list[float]]:
     defense, rng = defenses.make(name), torch.Generator().manual_seed(7)
     held = FedSGDClient(defense.prepare(client(bias=True).model, rng).eval())
     released = defense.change_batch(batch(2, seed=0), batch(6, seed=1), rng)
+    held = dataclasses.replace(held, pool=batch(6, seed=1))
     sent = defense.change_update(held, defense.gradient(held, released, rng), rng)
     return defenses.revision(name), figures([released.images, released.soft_labels, *sent.values()])
 

@@ -34,9 +34,15 @@ def soft_cross_entropy(logits: Tensor, soft_labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FedSGDClient:
-    """A client that sends the gradient of its batch's mean soft cross-entropy."""
+    """A client that sends the gradient of its batch's mean soft cross-entropy.
+
+    Attributes:
+        model: in the client's mode.
+        pool: what it holds beside its batch, for defenses.
+    """
 
     model: nn.Module
+    pool: Batch | None = None
 
     @classmethod
     def with_batch_norm(cls, model: nn.Module, mode: str) -> FedSGDClient:

@@ -66,7 +66,7 @@ class FedAvg(Protocol):
     ) -> tuple[Update, ...]:
         """The difference of the weights, as the defense lets it out."""
         (batch,) = batches
-        moved = FedSGDClient(copy.deepcopy(client.model))
+        moved = replace(client, model=copy.deepcopy(client.model))
         before = dict(client.model.named_parameters())
         after = dict(moved.model.named_parameters())
         for _ in range(self.steps):

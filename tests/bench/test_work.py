@@ -7,7 +7,8 @@ import torch
 
 from bench.cases.scenario import Block, Grid
 from bench.run import plan, weights_sha256
-from bench.work import observe
+from bench.work import POOL, observe
+from defenses.graddefense import GradDefense
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,31 @@ def test_features_that_are_drawn_are_those_of_the_update(protocol):
         sent = seen.update[f"{seen.head}.weight"] / (-0.5 if protocol.startswith("fedavg") else 1)
         gradient = torch.outer(truth.u[0], truth.features[0].double())
         assert torch.allclose(sent.double(), gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("protocol", ["fedsgd", "fedavg(steps=2, lr=0.1)"])
+def test_a_defense_of_the_gradient_meets_what_else_the_client_holds(protocol, monkeypatch):
+    seen = []
+
+    def gradient(self, client, batch, rng):
+        seen.append((client.pool, batch))
+        return client.gradient(batch)
+
+    monkeypatch.setattr(GradDefense, "gradient", gradient)
+    block = Block(
+        dataset=["mnist5k"],
+        model=["fcn(depth=2, width=16)"],
+        defense=["graddefense"],
+        protocol=[protocol],
+        attacks=["idlg"],
+        samples=2,
+    )
+    grid = Grid(name="pool", blocks=[block])
+    planned = plan(grid, grid, None, "cpu")
+    weights = {network: weights_sha256(network, None) for network in planned.networks.values()}
+    (chunk,) = planned.chunks(weights)
+    observe(chunk, planned.context)
+    assert len(seen) == 2 * (1 + protocol.startswith("fedavg"))
+    for pool, batch in seen:
+        assert len(pool) == POOL
+        assert not (pool.images == batch.images).flatten(1).all(dim=1).any()

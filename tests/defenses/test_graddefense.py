@@ -1,5 +1,6 @@
 """GradDefense: slices of equal sensitivity, some of which get noise."""
 
+import dataclasses
 from collections import OrderedDict
 
 import pytest
@@ -144,6 +145,19 @@ def test_what_is_out_of_range_is_refused(parameters):
     (name,) = parameters
     with pytest.raises(ValueError, match=f"{name}=.* is not"):
         GradDefense(**parameters)
+
+
+def test_slices_are_cut_on_the_clients_other_data(client, seeded):
+    """As the authors' are on a public set: what is drawn doesn't depend on the batch."""
+    one, other, pool = (batch(n, seeded(seed)) for n, seed in ((1, 0), (1, 1), (3, 2)))
+    holder = dataclasses.replace(client, pool=pool)
+
+    def noisy(client, given):
+        return flat(GradDefense(std=1.0).gradient(client, given, seeded())) != flat(client.gradient(given))
+
+    assert torch.equal(noisy(holder, one), noisy(holder, other))
+    assert torch.equal(noisy(holder, one), noisy(client, pool))
+    assert not torch.equal(noisy(client, one), noisy(client, other))
 
 
 def test_it_replaces_the_gradient_alone():
