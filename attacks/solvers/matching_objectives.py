@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attacks.solvers.registration import shifted_towards
+
 
 class Distance(Protocol):
     """How far gradients are from the observed one."""
@@ -114,19 +116,25 @@ class Norm:
 
 @dataclass(frozen=True)
 class GroupConsistency:
-    """weight · the mean squared distance from the candidates' mean, which is held fixed for the slope.
+    """weight · the mean squared distance from the candidates' consensus, which is held fixed for the slope.
 
-    Yin et al. 2021 register the candidates to each other before they take the mean; here it is pixel by
-    pixel. One candidate alone isn't drawn anywhere.
+    The consensus is their mean after each was shifted to where it is nearest to the most central of them (Yin
+    et al. 2021 register by a dense flow: here by whole pixels). One candidate alone isn't drawn anywhere.
     """
 
     weight: float
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """A penalty."""
-        away = images - images.mean(dim=0)
+        away = images - self.consensus(images)
         share = self.weight * len(images) / images.numel()
         return share * away.square().flatten(1).sum(dim=1), 2 * share * away
+
+    def consensus(self, images: Tensor) -> Tensor:
+        """What R candidates (R, N, C, H, W) have in common, (N, C, H, W)."""
+        from_mean = (images - images.mean(dim=0)).square().sum(dim=(2, 3, 4), keepdim=True)
+        central = images.take_along_dim(from_mean.argmin(dim=0, keepdim=True), dim=0)
+        return shifted_towards(images, central).mean(dim=0)
 
 
 @dataclass(frozen=True, eq=False)

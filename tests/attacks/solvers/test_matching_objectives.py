@@ -107,6 +107,14 @@ def test_a_group_is_drawn_to_its_mean_and_one_alone_nowhere():
     assert (GroupConsistency(4.0)(images[1:])[1] == 0).all()
 
 
+def test_shifted_copies_agree_on_one_of_them():
+    image = some(2, 3, 8, 8)
+    copies = torch.stack([image.roll(shift, dims=(2, 3)) for shift in [(0, 0), (0, 3), (-2, 1)]])
+    consensus = GroupConsistency(1.0).consensus(copies)
+    for found, of_each in zip(consensus, copies.transpose(0, 1), strict=True):
+        assert min((found - one).abs().max() for one in of_each) < 1e-12
+
+
 @pytest.mark.parametrize("penalty", [TotalVariation(0.3), Norm(0.3)])
 def test_slopes_of_penalties_are_their_derivatives(penalty):
     images = some(2, 2, 1, 4, 3)
