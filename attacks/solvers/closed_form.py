@@ -1,6 +1,11 @@
 """With the bias gradient nothing is searched: ∇b = u, x = ∇Wᵀ∇b/‖∇b‖², y = softmax(W x + b) - ∇b.
 
 Any label, with or without structure. Under noise u and x are those of the nearest u [xᵀ 1] to [∇W ∇b].
+
+A column of zeros is a feature that is off, or one whose gradient was masked: then W x lacks it, and y comes
+out wrong while u is exact. A wrong p leaves no structure in y, so that a label with structure tells that
+nothing is missing; but of many spikes only where p isn't zero at two other classes. A label without
+structure is believed where u rules out the usual ones, whatever p is.
 """
 
 from __future__ import annotations
@@ -18,7 +23,18 @@ REASONS = (
     "",
     "the bias gradient is zero: p = y, and neither is known",
     "the noise leaves the label known to its error bar only",
+    "without structure in the label, features of which nothing was sent may be off or masked",
+    "p - ∇b is below zero: the gradient is scaled, or another model's or loss's",
 )
+_ZERO, _BLURRED, _MASKED, _BELOW = range(1, len(REASONS))
+MAY_BE_SCALED = frozenset({REASONS[_MASKED], REASONS[_BELOW]})
+"""Reasons why p - ∇b is no answer where the gradient may be one: of an unknown scale."""
+
+_TELLING = 100.0
+"""Tolerances by which p exceeds zero at a class that a wrong p would show; if y has many spikes, two must."""
+_MOST_SMOOTHING = 0.5
+_UNSEEN = 4.0
+"""Standard deviations of noise that no entry of a column exceeds of which nothing was sent."""
 
 
 def label_structure(y: Tensor, tolerance: Tensor, most_spikes: int) -> tuple[Tensor, Tensor]:
@@ -42,6 +58,19 @@ def label_structure(y: Tensor, tolerance: Tensor, most_spikes: int) -> tuple[Ten
     rest = index[None] >= spikes[:, None].clamp_min(1)
     floor = (ordered * rest).sum(dim=1) / rest.sum(dim=1)
     return spikes, floor
+
+
+def may_have_structure(u: Tensor, tolerance: Tensor) -> Tensor:
+    """Whether some mix of two classes, smoothed by half at most, has this u = p - y (M, K) for any p: (M,).
+
+    p ≥ 0 asks for y ≥ -u: off the two the shared value is at least the largest -u, and y sums to one.
+    """
+    num_classes = u.shape[1]
+    mixed = min(2, num_classes - 1)
+    least = (-u).clamp_min(0).topk(mixed + 1, dim=1).values
+    floor = least[:, -1]
+    mass = least[:, :-1].sum(dim=1) + (num_classes - mixed) * floor
+    return (mass <= 1 + num_classes * tolerance) & (num_classes * (floor - tolerance) <= _MOST_SMOOTHING)
 
 
 def leading_pair(both: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,13 +171,26 @@ def recover_from_bias_gradient(
     label_std = torch.sqrt(own + (p * (1 - p) * logit_std).square()).amax(dim=1)
     lam_std = lam.abs() * (noise / u.gather(1, row[:, None])[:, 0].abs() + eps)
 
+    blurred = 3 * label_std > LABEL_TOLERANCE
     tolerance = 6 * label_std + 100 * eps
     spikes, floor = label_structure(y, tolerance, most_spikes)
     num_classes = y.shape[1]
+    below = (y < -tolerance[:, None]).any(dim=1)
+    shared = (y - floor[:, None]).abs() <= tolerance[:, None]
+    telling = (shared & (p > _TELLING * tolerance[:, None])).sum(dim=1) > 1
+    loose = (spikes == 0) & may_have_structure(u, tolerance) | (spikes > 2) & ~telling
+    doubtful = (below | loose).nonzero()[:, 0]
+    masked = torch.zeros_like(below)
+    if len(doubtful) > 0:
+        largest = weight_gradient[doubtful].abs().amax(dim=1)  # (R, D)
+        masked[doubtful] = (largest <= _UNSEEN * noise[doubtful, None]).any(dim=1)
+    label_std = label_std.masked_fill(masked | below, 1.0)
     epsilon = torch.stack([floor - 2 * label_std, floor + 2 * label_std], dim=1) * num_classes
     zero = u_norm == 0
-    blurred = 3 * label_std > LABEL_TOLERANCE
-    codes = torch.where(zero, 1, torch.where(blurred, 2, 0)).tolist()
+    verdict = torch.where(below, _BELOW, 0)
+    for where, code in ((masked, _MASKED), (blurred, _BLURRED), (zero, _ZERO)):
+        verdict = verdict.masked_fill(where, code)
+    codes = verdict.tolist()
     nan = torch.full_like(u_norm, torch.nan)
     return SoftLabelSolution(
         outcome=[UNIDENTIFIABLE if code else OK for code in codes],
@@ -158,7 +200,7 @@ def recover_from_bias_gradient(
         lam=torch.where(zero, nan, lam).to(dtype),
         row=row,
         label_format=[
-            "" if code == 1 else format_name(k, has_floor) if k else "any"
+            "" if code == _ZERO else format_name(k, has_floor) if k else "any"
             for code, k, has_floor in zip(codes, spikes.tolist(), (floor > tolerance).tolist(), strict=True)
         ],
         format_confidence=torch.where(zero, torch.zeros_like(nan), torch.ones_like(nan)).to(dtype),

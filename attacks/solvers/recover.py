@@ -7,7 +7,7 @@ import difflib
 import torch
 from torch import Tensor
 
-from attacks.solvers.closed_form import recover_from_bias_gradient
+from attacks.solvers.closed_form import MAY_BE_SCALED, recover_from_bias_gradient
 from attacks.solvers.exact import recover_exactly
 from attacks.solvers.label_models import MOST_SPIKES, Granted
 from attacks.solvers.published import recover_as_published
@@ -156,18 +156,18 @@ def _unless_scaled(
 
     A clipped gradient, or one times a client's learning rate, looks like that. λ doesn't need its scale.
     """
-    loose = [
-        m
-        for m, (outcome, kind) in enumerate(zip(found.outcome, found.label_format, strict=True))
-        if outcome == OK and _COMPLEXITY[kind] >= _COMPLEXITY["k_mix"]
+    complexity = [
+        len(_COMPLEXITY) if reason in MAY_BE_SCALED else _COMPLEXITY[kind] if outcome == OK else -1
+        for outcome, reason, kind in zip(found.outcome, found.reason, found.label_format, strict=True)
     ]
+    loose = [m for m, own in enumerate(complexity) if own >= _COMPLEXITY["k_mix"]]
     if not loose:
         return found
     free = recover_exactly(weight_gradient[loose], weight, bias, noise_std, Granted(None, None, None))
     simpler = {
         m: at
         for at, m in enumerate(loose)
-        if free.outcome[at] == OK and _COMPLEXITY[free.label_format[at]] < _COMPLEXITY[found.label_format[m]]
+        if free.outcome[at] == OK and _COMPLEXITY[free.label_format[at]] < complexity[m]
     }
     return with_rows(found, free, simpler)
 

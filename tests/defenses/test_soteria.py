@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from attacks.labels.bias_closed_form import BiasClosedForm
+from attacks.labels.lambda_recovery import LambdaRecovery
 from bench.cases.client import FedSGDClient
 from bench.cases.models import build
-from bench.threat import Batch, Facts, Knowledge, Observation
+from bench.threat import Batch, Facts, Knowledge, Observation, Outcome, mask
 from defenses.soteria import Soteria
 
 K = 4
@@ -90,6 +91,22 @@ def test_the_label_is_as_readable_as_before(client, seeded):
     observation = Observation(client.model, hidden, "head", facts, Knowledge())
     found = BiasClosedForm().run(observation, seeded()).soft_labels
     assert found.argmax() == given.soft_labels.argmax()
+
+
+@pytest.mark.parametrize("model", ["lenet", "fcn(depth=2, width=60)"])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_masked_feature_is_not_taken_for_one_that_is_off(model, share, seeded):
+    """∇b is exact and W x isn't: λ-recovery says that it doesn't know, and finds the label without the mask."""
+    client = FedSGDClient(build(model, (1, 8, 8), 10, seed=0).double())
+    facts = Facts(1, 10, (1, 8, 8), client.model.head.in_features, head_bias=True, nonnegative_features=True)
+    for seed in range(5):
+        images = torch.rand(1, 1, 8, 8, generator=seeded(seed), dtype=torch.float64, device="cpu")
+        given = Batch(images, torch.eye(10, dtype=torch.float64, device="cpu")[seed : seed + 1])
+        outcomes = []
+        for update in (Soteria(share).gradient(client, given, seeded()), client.gradient(given)):
+            observation = Observation(client.model, mask(update, "head", "head"), "head", facts, Knowledge())
+            outcomes.append(LambdaRecovery().run(observation, seeded()).outcome)
+        assert outcomes == [Outcome.UNIDENTIFIABLE, Outcome.OK]
 
 
 def test_a_chunk_of_features_is_no_different_from_all(client, seeded, monkeypatch):

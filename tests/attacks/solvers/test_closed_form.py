@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attacks.solvers import recover_soft_label, recover_soft_labels
+from attacks.solvers.closed_form import may_have_structure
 
 FORMATS = ("hard", "smoothing", "mixup", "smoothed_mixup", "k_mix")
 
@@ -25,10 +26,14 @@ def test_is_exact_and_names_the_format(case, label_format, num_classes, dtype):
     assert torch.isclose(solution.lam, 1 / c.bias_gradient[solution.row])
 
 
+def without_structure(c):
+    """The case with a label in which no two classes share a value."""
+    y = torch.rand(len(c.y), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return c._replace(y=(y / y.sum()).to(c.y))
+
+
 def test_needs_no_structure_in_the_label(case):
-    c = case(has_bias=True)
-    y = torch.rand(10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    c = c._replace(y=y / y.sum())
+    c = without_structure(case(has_bias=True))
     solution = solve(c)
     assert solution.outcome == "ok"
     assert solution.label_format == "any"
@@ -122,8 +127,7 @@ def test_a_scaled_gradient_is_not_taken_for_a_label_without_structure(case, labe
 def test_in_a_stack_only_the_scaled_ones_are_searched_for(case):
     plain, scaled = case(has_bias=True), case(label_format="mixup", seed=3, has_bias=True)
     scaled = scaled._replace(weight=plain.weight, bias=plain.bias)
-    without = torch.rand(10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    loose = plain._replace(y=without / without.sum())
+    loose = without_structure(plain)
     both = [(1.0, plain), (0.1, scaled), (1.0, loose)]
     stack = recover_soft_labels(
         torch.stack([scale * c.weight_gradient for scale, c in both]),
@@ -135,3 +139,71 @@ def test_in_a_stack_only_the_scaled_ones_are_searched_for(case):
     assert stack.label_format == ["hard", "mixup", "any"]
     for index, (_, c) in enumerate(both):
         assert float((stack.soft_labels[index] - c.y).abs().max()) < 1e-6
+
+
+def masked(c, share, seed):
+    """∇W with a share of the columns of features that are on set to zero, as Soteria sends it."""
+    on = (c.x != 0).nonzero()[:, 0]
+    order = torch.randperm(len(on), generator=torch.Generator().manual_seed(seed))
+    return c.weight_gradient.index_fill(1, on[order[: round(share * len(on))]], 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("label_format", FORMATS)
+def test_masked_columns_never_pass_for_features_that_are_off(case, label_format, share, dtype):
+    """∇b is exact and W x isn't: p - ∇b is no label of any format."""
+    for seed in range(5):
+        for scale in (0.05, 0.5):
+            c = case(10, 64, label_format, seed, dtype, scale, has_bias=True)
+            solution = recover_soft_label(masked(c, share, seed), c.weight, c.bias, c.bias_gradient)
+            assert solution.outcome == "unidentifiable"
+            assert "masked" in solution.reason
+            assert c.label_error(solution) < 3 * solution.label_std
+
+
+def test_a_masked_gradient_with_noise_is_not_believed_either(case):
+    c = case(10, 64, "mixup", has_bias=True)
+    noise = 1e-5 * torch.randn(10, 65, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sent, u = masked(c, 0.3, 0) + noise[:, 1:], c.bias_gradient + noise[:, 0]
+    assert recover_soft_label(sent, c.weight, c.bias, u).outcome == "unidentifiable"
+    plain = recover_soft_label(c.weight_gradient + noise[:, 1:], c.weight, c.bias, u)
+    assert (plain.outcome, plain.label_format) == ("ok", "mixup")
+
+
+def test_features_that_are_off_leave_a_label_open_that_is_nearly_one_class(case):
+    """They may have been masked as well, and the label be hard; what is given is right if they are off."""
+    c = without_structure(case(has_bias=True, scale=0.05))
+    c = c._replace(y=0.2 * c.y + 0.8 * (torch.arange(10) == 3))
+    solution = solve(c)
+    assert solution.outcome == "unidentifiable"
+    assert "masked" in solution.reason
+    assert c.label_error(solution) < 1e-12
+    shown = solve(c._replace(x=c.x + 0.1))
+    assert (shown.outcome, shown.label_format) == ("ok", "any")
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_where_u_leaves_no_structure_features_that_are_off_are_believed(case, num_classes):
+    """y ≥ -∇b for any p: classes that all differ are no mix of two."""
+    c = without_structure(case(num_classes, has_bias=True))
+    solution = solve(c)
+    assert (solution.outcome, solution.label_format) == ("ok", "any")
+    assert c.label_error(solution) < 1e-12
+
+
+@pytest.mark.parametrize("label_format", ["hard", "smoothing", "mixup", "smoothed_mixup"])
+def test_of_a_usual_label_u_never_says_that_it_has_no_structure(case, label_format):
+    for num_classes in (2, 3, 10, 100) if label_format in ("hard", "smoothing") else (3, 10, 100):
+        c = case(num_classes, 64, label_format, has_bias=True)
+        tolerance = torch.tensor([1e-12], dtype=torch.float64)
+        assert bool(may_have_structure(c.bias_gradient[None], tolerance))
+
+
+def test_a_label_below_zero_is_none(case):
+    """Three times a gradient, of a label without structure: no scale can be found."""
+    c = without_structure(case(has_bias=True))
+    c = c._replace(x=c.x + 0.1)
+    solution = recover_soft_label(3 * c.weight_gradient, c.weight, c.bias, 3 * c.bias_gradient)
+    assert solution.outcome == "unidentifiable"
+    assert "below zero" in solution.reason
