@@ -96,7 +96,7 @@ def test_the_label_is_as_readable_as_before(client, seeded):
 @pytest.mark.parametrize("model", ["lenet", "fcn(depth=2, width=60)"])
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_a_masked_feature_is_not_taken_for_one_that_is_off(model, share, seeded):
-    """∇b is exact and W x isn't: λ-recovery says that it doesn't know, and finds the label without the mask."""
+    """∇b is exact and W x isn't: λ-recovery says that it doesn't know. Without the mask it does."""
     client = FedSGDClient(build(model, (1, 8, 8), 10, seed=0).double())
     facts = Facts(1, 10, (1, 8, 8), client.model.head.in_features, head_bias=True, nonnegative_features=True)
     for seed in range(5):
