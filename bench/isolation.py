@@ -495,6 +495,8 @@ def _question(
         "device": str(first.head_weight.device),
         "head": first.head,
         "facts": asdict(first.facts) | {"granted": sorted(first.facts.granted)},
+        "sent": [list(update) for update in (first.update, *first.later_updates)],
+        "batch_norm": list(known.batch_norm or {}),
         "label_formats": [one.knowledge.label_format for one in observations],
         "knowledge": {
             "local_steps": known.local_steps,
@@ -574,18 +576,13 @@ def _asked(text: dict[str, Any], blob: bytes, model: nn.Module) -> list[Observat
     facts = Facts(
         **(given | {"image_shape": tuple(given["image_shape"]), "granted": frozenset(given["granted"])})
     )
-    updates: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("update "):
-            _, when, name = key.split(" ", 2)
-            updates.setdefault(int(when), {})[name] = value
     auxiliary = None
     if "auxiliary images" in tensors:
         auxiliary = Batch(tensors["auxiliary images"], tensors["auxiliary soft_labels"])
-    layers = [key.partition(" ")[2] for key in tensors if key.startswith("mean ")]
 
     def update(when: int, at: int) -> Update:
-        return {name: value[at].clone() for name, value in updates.get(when, {}).items()}
+        """In the order in which it was sent, as sums over it depend on that."""
+        return {name: tensors[f"update {when} {name}"][at].clone() for name in text["sent"][when]}
 
     return [
         Observation(
@@ -599,12 +596,12 @@ def _asked(text: dict[str, Any], blob: bytes, model: nn.Module) -> list[Observat
                 auxiliary=auxiliary,
                 batch_norm={
                     layer: (tensors[f"mean {layer}"][at], tensors[f"variance {layer}"][at])
-                    for layer in layers
+                    for layer in text["batch_norm"]
                 }
                 or None,
                 **text["knowledge"],
             ),
-            tuple(update(when, at) for when in range(1, len(updates))),
+            tuple(update(when, at) for when in range(1, len(text["sent"]))),
         )
         for at, label_format in enumerate(text["label_formats"])
     ]

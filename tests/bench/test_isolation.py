@@ -314,7 +314,7 @@ def test_all_that_is_granted_arrives(process):
     for update, other in zip(
         (arrived.update, *arrived.later_updates), (sent.update, *sent.later_updates), strict=True
     ):
-        assert update.keys() == other.keys()
+        assert list(update) == list(other)  # the last digits of sums over it hang on the order
         assert all(torch.equal(update[name], other[name]) for name in other)
     plain = ("label_format", "local_steps", "local_lr", "defense")
     assert all(getattr(arrived.knowledge, name) == getattr(known, name) for name in plain)
