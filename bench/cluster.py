@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, as_completed
+from distributed import Client, Future, KilledWorker, LocalCluster, Worker, as_completed
 from distributed.comm import CommClosedError
 
 from bench import utility, work
@@ -50,7 +50,10 @@ REVIVED = 5.0
 """Seconds between two looks whether all local workers are there."""
 
 STARTS = 3
-"""How often a local cluster is tried to be started, and its workers to be told what they need."""
+"""How often a local cluster is tried to be started."""
+
+GPUS = "LEAKBENCH_GPUS"
+"""The variable that tells local workers the GPUs, as CUDA_VISIBLE_DEVICES names them."""
 
 SETTINGS = {
     "distributed.admin.system-monitor.interval": "10s",  # looks at the machine, which short trials pay for
@@ -133,24 +136,16 @@ class Supply:
         self._returned = deque([*parted, *(chunk for _, _, chunk in sorted(whole))])
 
 
-class OneGPU(WorkerPlugin):
-    """Shows each worker, and the process of its attacks, one GPU: the workers take them in turn."""
+def dask_setup(worker: Worker) -> None:
+    """What a local worker does before anything else: Dask calls it, by its name, in a process of its own.
 
-    def __init__(self, gpus: Sequence[str]) -> None:
-        """`gpus`: as CUDA_VISIBLE_DEVICES names them."""
-        self._gpus = gpus
-
-    def setup(self, worker: Worker) -> None:
-        """Before anything on the worker asks CUDA what there is."""
-        os.environ["CUDA_VISIBLE_DEVICES"] = self._gpus[int(worker.name) % len(self._gpus)]
-
-
-class LeavesCtrlCToTheDriver(WorkerPlugin):
-    """Ctrl-C reaches all processes of a terminal at once; only the driver answers, and closes its workers."""
-
-    def setup(self, worker: Worker) -> None:
-        """A worker's event loop is in its main thread."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Ctrl-C reaches all processes of a terminal at once: only the driver answers, and closes its workers. Each
+    worker, and the process of its attacks, sees one GPU: they take them in turn.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker's event loop is in its main thread
+    if gpus := os.environ.get(GPUS):
+        names = gpus.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[int(worker.name) % len(names)]
 
 
 class DaskEngine:
@@ -177,9 +172,6 @@ class DaskEngine:
         if self._address is None:
             cluster = self._stack.enter_context(self._local())
             self._client = self._stack.enter_context(Client(cluster))
-            self._register(LeavesCtrlCToTheDriver())
-            if self._gpus:
-                self._register(OneGPU(self._gpus))
             over = threading.Event()
             threading.Thread(target=self._keep_whole, args=(cluster, over), daemon=True).start()
             self._stack.callback(over.set)
@@ -193,13 +185,6 @@ class DaskEngine:
                 f"the scheduler at {self._address} has no workers; "
                 f"start some with: dask worker {self._address} --nthreads 1"
             )
-
-    def _register(self, plugin: WorkerPlugin) -> None:
-        for _ in range(STARTS - 1):
-            with contextlib.suppress(CommClosedError):  # a worker died over it; who comes instead is told too
-                self._client.register_plugin(plugin)
-                return
-        self._client.register_plugin(plugin)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -228,7 +213,9 @@ class DaskEngine:
             memory_limit=0,
             dashboard_address="127.0.0.1:0",  # any port: several runs don't quarrel
             silence_logs=logging.CRITICAL,
-            env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            | ({GPUS: ",".join(self._gpus)} if self._gpus else {}),
+            preload=[__name__],
         )
 
     @property
