@@ -47,6 +47,12 @@ def prose(page: Path) -> str:
     return FENCE.sub("", page.read_text())
 
 
+def test_the_solvers_readme_names_every_file():
+    folder = ROOT / "attacks" / "solvers"
+    said = set(re.findall(r"`(\w+\.py)`", (folder / "README.md").read_text().split("## The files")[1]))
+    assert said == {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+
+
 # --- links ------------------------------------------------------------------------------------------------
 
 
