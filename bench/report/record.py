@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import filelock
 import numpy as np
@@ -95,6 +95,12 @@ class Record:
 
 
 COLUMNS = tuple(column.name for column in dataclasses.fields(Record))
+
+_TYPES = tuple(
+    (*(get_args(kind) or (kind,)), *((int,) if float in get_args(kind) else ()))  # JSON may write 1.0 as 1
+    for kind in get_type_hints(Record).values()
+)
+"""Of what a column may hold."""
 
 METRICS = (
     "success", "label_error", "label_l1", "top1", "class_existence", "class_counts", "class_counts_exact",
@@ -226,7 +232,13 @@ def _parsed(raw: bytes) -> Header | dict[str, Any]:
         if entry["schema"] != SCHEMA:
             raise ValueError(f"schema {entry['schema']}")
         hash(entry["trial"])
-        return {column: entry[column] for column in COLUMNS}
+        row = {column: entry[column] for column in COLUMNS}
+        if not all(map(isinstance, row.values(), _TYPES)):
+            wrong = [
+                name for name, kinds in zip(COLUMNS, _TYPES, strict=True) if not isinstance(row[name], kinds)
+            ]
+            raise ValueError(f"{wrong[0]} is {str(row[wrong[0]])[:40]!r}")
+        return row
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 

@@ -187,6 +187,17 @@ def test_a_row_of_another_schema_is_refused(tmp_path):
     assert f"line 2 is no record of schema {SCHEMA}" in refusal(read, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("success", "yes"), ("psnr", [30.0]), ("sample", "1"), ("attack", None), ("seconds", {"s": 1})],
+)
+def test_a_column_of_another_type_is_one_line(tmp_path, column, value):
+    path = write(tmp_path)
+    other = asdict(record("a")) | {column: value}
+    path.write_bytes(path.read_bytes() + json.dumps(other).encode() + b"\n")
+    assert f"(ValueError: {column} is {str(value)!r})" in refusal(read, tmp_path)
+
+
 def test_columns_of_a_later_version_are_left_out(tmp_path):
     path = write(tmp_path)
     more = asdict(record("a")) | {"colour": "green"}
