@@ -8,7 +8,9 @@ results/speed already isn't measured again. A commit takes two minutes of one co
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,13 +37,29 @@ def commits() -> list[str]:
 def measure(commit: str, machine: str, only: str) -> int:
     """Runs the benchmarks on that commit's solver; asv's exit status."""
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
+        tree, alone = Path(folder) / "tree", Path(folder) / "benchmarks"
+        alone.mkdir()  # asv imports all files beside a benchmark, and some need what older commits lack
+        shutil.copy(ROOT / "bench" / "speed" / "solver.py", alone)
+        (alone / "__init__.py").touch()
+        settings = json.loads((ROOT / "asv.conf.json").read_text())
+        places = {"repo": str(ROOT), "benchmark_dir": str(alone), "results_dir": str(RESULTS)}
+        config = Path(folder) / "asv.conf.json"
+        config.write_text(json.dumps(settings | places))
         git("worktree", "add", "--detach", str(tree), commit)
         try:
             return subprocess.run(
                 [
                     *(sys.executable, "-m", "asv", "run", "--launch-method", "forkserver"),
-                    *("--machine", machine, "--set-commit-hash", commit, "--bench", only),
+                    *(
+                        "--config",
+                        str(config),
+                        "--machine",
+                        machine,
+                        "--set-commit-hash",
+                        commit,
+                        "--bench",
+                        only,
+                    ),
                 ],
                 cwd=ROOT,
                 env=os.environ | {"ASV_PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
