@@ -45,7 +45,7 @@ from bench.threat import Attack, Batch, Facts, Knowledge, Observation, Outcome, 
 PARTS = ("soft_labels", "features", "images")
 OWN_ACCOUNT = (Outcome.OK, Outcome.STEP_LIMIT, Outcome.DIVERGED, Outcome.UNIDENTIFIABLE)
 """The outcomes that an attack may return."""
-FAILED = (Outcome.CRASHED.name, Outcome.OUT_OF_MEMORY.name)
+ENDED_BADLY = (Outcome.CRASHED.name, Outcome.OUT_OF_MEMORY.name)
 """What its process may say of it besides."""
 
 GIB = 2**30
@@ -647,7 +647,7 @@ def _decoded(answer: bytes, facts: Facts, expected: int) -> list[Attempt]:
         made, seconds, peaks = [], [], []
         for outcome, _, took, peak, notes, there in texts:
             parts = [next(rest[part]) if has else None for part, has in zip(PARTS, there, strict=True)]
-            failed = outcome in FAILED
+            failed = outcome in ENDED_BADLY
             own = Outcome.DIVERGED if failed else Outcome[outcome]
             made.append(Reconstruction(own, parts[0], parts[1], parts[2], dict(notes)))
             seconds.append(float(took) if took is not None and math.isfinite(took) else None)
@@ -655,7 +655,7 @@ def _decoded(answer: bytes, facts: Facts, expected: int) -> list[Attempt]:
         checked = _checked(made, facts, seconds, peaks)
         return [
             Attempt(Reconstruction(Outcome[text[0]]), str(text[1]))
-            if text[0] in FAILED
+            if text[0] in ENDED_BADLY
             else replace(one, reason=str(text[1]))
             for one, text in zip(checked, texts, strict=True)
         ]

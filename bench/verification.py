@@ -29,7 +29,7 @@ from bench import registry, run, sandbox, submission, work
 from bench.cases.scenario import Scenario, grid_names, load_grid
 from bench.errors import UserError
 from bench.isolation import Attempt
-from bench.metrics import FAILED as UNANSWERED
+from bench.metrics import UNANSWERED
 from bench.report import record, statistics
 from bench.report.leaderboard import EXACT_PSNR, FAILED, RANKS_BY, WORST
 from bench.report.record import METRICS, Record, Run

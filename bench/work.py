@@ -32,7 +32,7 @@ from bench.cases.salt import salted
 from bench.cases.scenario import Scenario, digest, seed
 from bench.errors import UserError
 from bench.isolation import PARTS, Architecture, Attempt, Limits
-from bench.metrics import FAILED, stacks
+from bench.metrics import UNANSWERED, stacks
 from bench.metrics.formats import label_formats
 from bench.metrics.labels import lam_error
 from bench.report.record import SCENARIO, Record, line
@@ -647,7 +647,7 @@ def _metrics(
     if entrant.skip is not None:
         return [{} for _ in attempts]
     if truths is None:
-        failed = {metric: value for part in entrant.produces for metric, value in FAILED[part].items()}
+        failed = {metric: value for part in entrant.produces for metric, value in UNANSWERED[part].items()}
         return [failed for _ in attempts]
     answers = [_beside(one.reconstruction, truth) for one, truth in zip(attempts, truths, strict=True)]
     scored = stacks.scores(answers, truths, entrant.produces)

@@ -36,7 +36,7 @@ COLUMNS = (
     *("private_top1", "private_mse", "private_ssim", "private_lpips"),
 )
 """What `score` fills; `lam_error` and `format_found` need an attack's notes and are the runner's."""
-FAILED: Mapping[str, Mapping[str, float | bool]] = {
+UNANSWERED: Mapping[str, Mapping[str, float | bool]] = {
     "soft_labels": {
         "success": False,
         "top1": 0.0,
@@ -84,7 +84,7 @@ def score(
     columns: dict[str, float | bool | None] = dict.fromkeys(COLUMNS)
     for name, value in returned.items():
         if (value is not None or name in produces) and (name != "features" or true_features is not None):
-            columns |= FAILED[name]
+            columns |= UNANSWERED[name]
 
     labels = _usable(soft_labels, released.soft_labels)
     codes = _usable(features, true_features)

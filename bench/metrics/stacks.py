@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bench.metrics import COLUMNS, FAILED, label_columns, score
+from bench.metrics import COLUMNS, UNANSWERED, label_columns, score
 from bench.metrics.features import feature_cosine, feature_error
 from bench.metrics.labels import top1
 from bench.threat import Batch, Reconstruction
@@ -86,7 +86,7 @@ def _together(
         values["feature_cosine"] = feature_cosine(features, true)
     columns: Columns = dict.fromkeys(COLUMNS)
     for part in sorted(produces | {"soft_labels"}):
-        columns |= FAILED[part]
+        columns |= UNANSWERED[part]
     numbers = torch.stack([value.double() for value in values.values()], dim=1).tolist()
     return [columns | _recorded(values, row) for row in numbers]
 
