@@ -13,14 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import registry, submission, verification
-from bench.cases.scenario import Grid
+from bench.cases.scenario import Grid, cells
 from bench.errors import UserError
 from bench.report import record
 from bench.report.record import Run
 
 
 def adopt(folder: Path, out: Path, data_root: Path | None = None) -> Iterator[Path]:
-    """Writes the records of each attack, and yields their files.
+    """Writes the records of each attack that the grid has today, and yields their files.
+
+    What earlier revisions left in the same folder stays there.
 
     Raises:
         UserError: trials are missing or damaged, the suite had uncommitted changes, an attack isn't its own.
@@ -34,8 +36,15 @@ def adopt(folder: Path, out: Path, data_root: Path | None = None) -> Iterator[Pa
         raise UserError(f"{folder} is not whole: {faults[0]}; the same run goes on where it was")
     if dirty := sorted({row["commit"] for row in ran.rows if not row["commit"] or "+" in row["commit"]}):
         raise UserError(f"{folder} has trials of commit {dirty[0] or '?'}, which nobody has; run a clone")
-    for spec in sorted({row["attack"] for row in ran.rows}):
-        yield _adopted(spec, grid, grid_file, ran, out, data_root)
+    revisions = {spec: registry.attacks.revision(spec) for spec in sorted(_specs(grid))}
+    rows = tuple(row for row in ran.rows if row["attack_revision"] == revisions.get(row["attack"]))
+    for spec in sorted({row["attack"] for row in rows}):
+        yield _adopted(spec, grid, grid_file, replace(ran, rows=rows), out, data_root)
+
+
+def _specs(grid: Grid) -> set[str]:
+    """The canonical specs of its attacks."""
+    return {attack for _, attack in cells(grid)}
 
 
 def _adopted(
@@ -59,8 +68,8 @@ def _adopted(
         )  # fmt: skip
     header = submission.whole_header(mine, grid, planned)
     if samples is not None:  # a board of parts alone has its ranks, and says what it is a part of
-        cells = {f"{scenario} {spec}": count for scenario, count in counts.items()}
-        header = replace(header, cells=cells, whole=max(asked.values()))
+        asked_for = {f"{scenario} {spec}": count for scenario, count in counts.items()}
+        header = replace(header, cells=asked_for, whole=max(asked.values()))
     path = submission.publish(mine, grid, grid_file, samples, planned, ran, out, "none", header)
     verification.inspect(path, data_root)
     return path

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import adopt, publish, submission
+from bench import adopt, publish, registry, submission
 from bench.cases.scenario import load_grid
 from bench.errors import UserError
 from bench.registry import ROOT, Spec
@@ -67,6 +67,17 @@ def test_a_part_says_that_it_is_one(run, tmp_path):
     board = (tmp_path / "leaderboards" / "tiny-label.md").read_text()
     assert "**A part of tiny: at most 2 samples a cell, where the grid has up to 4.**" in board
     assert "| 1 | lambda_recovery(search='paper') |" in board
+
+
+def test_what_an_earlier_revision_left_in_the_folder_stays_out(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(registry.attacks.find("random_labels"), "revision", 7)
+        run()
+    folder = run()
+    assert len(record.read(folder).rows) == 24 + 12
+    written = list(adopt.adopt(folder, tmp_path / "records"))
+    assert [path.name for path in written] == ["r1.jsonl", "r3.jsonl", "r1.jsonl"]
+    assert [len(record.read(path).rows) for path in written] == [4, 8, 12]
 
 
 def test_what_cannot_be_published_is_one_line(run, tmp_path, monkeypatch):
