@@ -580,9 +580,13 @@ def _asked(text: dict[str, Any], blob: bytes, model: nn.Module) -> list[Observat
     if "auxiliary images" in tensors:
         auxiliary = Batch(tensors["auxiliary images"], tensors["auxiliary soft_labels"])
 
+    def own(name: str, at: int) -> Tensor:
+        """An observation's part of a stack, which may begin anywhere within it."""
+        return tensors[name][at].clone()
+
     def update(when: int, at: int) -> Update:
         """In the order in which it was sent, as sums over it depend on that."""
-        return {name: tensors[f"update {when} {name}"][at].clone() for name in text["sent"][when]}
+        return {name: own(f"update {when} {name}", at) for name in text["sent"][when]}
 
     return [
         Observation(
@@ -592,10 +596,10 @@ def _asked(text: dict[str, Any], blob: bytes, model: nn.Module) -> list[Observat
             facts,
             Knowledge(
                 label_format=label_format,
-                soft_labels=tensors["soft_labels"][at] if "soft_labels" in tensors else None,
+                soft_labels=own("soft_labels", at) if "soft_labels" in tensors else None,
                 auxiliary=auxiliary,
                 batch_norm={
-                    layer: (tensors[f"mean {layer}"][at], tensors[f"variance {layer}"][at])
+                    layer: (own(f"mean {layer}", at), own(f"variance {layer}", at))
                     for layer in text["batch_norm"]
                 }
                 or None,

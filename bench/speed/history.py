@@ -47,20 +47,19 @@ def measure(commit: str, machine: str, only: str) -> int:
         config.write_text(json.dumps(settings | places))
         git("worktree", "add", "--detach", str(tree), commit)
         try:
+            run = [sys.executable, "-m", "asv", "run", "--launch-method", "forkserver"]
+            which = [
+                "--config",
+                str(config),
+                "--machine",
+                machine,
+                "--set-commit-hash",
+                commit,
+                "--bench",
+                only,
+            ]
             return subprocess.run(
-                [
-                    *(sys.executable, "-m", "asv", "run", "--launch-method", "forkserver"),
-                    *(
-                        "--config",
-                        str(config),
-                        "--machine",
-                        machine,
-                        "--set-commit-hash",
-                        commit,
-                        "--bench",
-                        only,
-                    ),
-                ],
+                [*run, *which],
                 cwd=ROOT,
                 env=os.environ | {"ASV_PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
                 check=False,

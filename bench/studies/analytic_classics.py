@@ -11,7 +11,6 @@ Writes results/images/analytic_classics.csv (a row a gradient; what is there is 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -20,20 +19,20 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from bench.cases.client import FedSGDClient
 from bench.cases.data import load
 from bench.cases.models import build, draw
 from bench.evidence import table
+from bench.metrics import EXACT_PSNR
 from bench.metrics.images import image_distances, psnr
+from bench.metrics.labels import match
 from bench.registry import attacks
+from bench.studies.resumed import appending, done
 from bench.threat import Facts, Knowledge, Observation
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "images"
-EXACT = 200.0
-"""dB: what an image without any error is entered as."""
 EIGHT_BIT = 54.0
 """dB: an error whose root mean square is half a step of 8 bits."""
 CNN6 = {"cnn6": 36, "cnn6-d": 20}
@@ -105,8 +104,8 @@ def run(case: Case) -> dict[str, object]:
     seconds = time.process_time() - started
     worst = mean = 0.0
     if found.images is not None:
-        order = linear_sum_assignment(image_distances(truth.images, found.images).numpy())[1]
-        each = psnr(found.images[order], truth.images).clamp(max=EXACT)
+        order = match(image_distances(found.images, truth.images))
+        each = psnr(found.images[order], truth.images).clamp(max=EXACT_PSNR)
         worst, mean = float(each.min()), float(each.mean())
     reason = found.notes.get("reason") or ""
     return case._asdict() | {
@@ -162,23 +161,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path: Path = arguments.results / "analytic_classics.csv"
-    done = set()
-    if path.exists():
-        done = set(pd.read_csv(path)[list(Case._fields)].itertuples(index=False, name=None))
+    made = done(path, Case._fields)
     started = time.monotonic()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(
-            file, [*Case._fields, "outcome", "mean_psnr", "worst_psnr", "seconds", "reason"]
-        )
-        if not file.tell():
-            writer.writeheader()
+    with appending(path, [*Case._fields, "outcome", "mean_psnr", "worst_psnr", "seconds", "reason"]) as write:
         for case in cases():
             late = time.monotonic() - started > 60 * arguments.minutes
-            if tuple(case) in done or late or arguments.attack not in (None, case.attack):
+            if tuple(case) in made or late or arguments.attack not in (None, case.attack):
                 continue
             row = run(case)
-            writer.writerow(row)
-            file.flush()
+            write(row)
             print(*row.values(), flush=True)
     text = summary(pd.read_csv(path))
     (arguments.results / "analytic_classics.md").write_text(text)

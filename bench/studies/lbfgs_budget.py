@@ -10,7 +10,7 @@ Writes results/images/lbfgs_budget.csv (a row a search; what is there is not mad
 from __future__ import annotations
 
 import argparse
-import csv
+import itertools
 import time
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from bench.cases.models import Network, canonical, network
 from bench.evidence import table
 from bench.metrics.images import psnr
 from bench.registry import defenses
+from bench.studies.resumed import appending, done
 from bench.threat import Batch, Facts, Knowledge, Observation
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "images"
@@ -126,29 +127,18 @@ def main() -> None:
     torch.set_num_threads(1)
     path: Path = arguments.results / "lbfgs_budget.csv"
     key = ["net", "weights", "sample", "evaluations", "search"]
-    done = set()
-    if path.exists():
-        done = set(pd.read_csv(path)[key].itertuples(index=False, name=None))
+    made = done(path, key)
     started = time.monotonic()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*key, "psnr", "seconds"])
-        if not file.tell():
-            writer.writeheader()
-        for sample in range(IMAGES):
-            for net, model in MODELS.items():
-                for weights in WEIGHTS:
-                    seen, truth = observe(model, weights, sample)
-                    for evaluations in BUDGETS:
-                        for name in (*SEARCHES, TORCHS):
-                            case = (net, weights, sample, evaluations, name)
-                            if case in done or time.monotonic() - started > 60 * arguments.minutes:
-                                continue
-                            found = run(name, seen, truth, sample, evaluations)
-                            row = dict(zip(key, case, strict=True)) | {
-                                name: f"{value:.4g}" for name, value in found.items()
-                            }
-                            writer.writerow(row)
-                            file.flush()
+    with appending(path, [*key, "psnr", "seconds"]) as write:
+        for sample, (net, model), weights in itertools.product(range(IMAGES), MODELS.items(), WEIGHTS):
+            seen, truth = observe(model, weights, sample)
+            for evaluations, name in itertools.product(BUDGETS, (*SEARCHES, TORCHS)):
+                case = (net, weights, sample, evaluations, name)
+                if case in made or time.monotonic() - started > 60 * arguments.minutes:
+                    continue
+                found = run(name, seen, truth, sample, evaluations)
+                figures = {column: f"{value:.4g}" for column, value in found.items()}
+                write(dict(zip(key, case, strict=True)) | figures)
     text = summary(pd.read_csv(path))
     (arguments.results / "lbfgs_budget.md").write_text(text)
     print(text)

@@ -325,13 +325,15 @@ def test_all_that_is_granted_arrives(process):
 
 def test_what_arrives_lies_where_torch_puts_tensors():
     """Else the last digits of a matrix product hang on what was asked before."""
-    seen = observations(3)
+    told = Knowledge(soft_labels=torch.eye(4)[:1])
+    seen = [replace(one, knowledge=told) for one in observations(3)]
     for _ in range(20):
         head, _, blob = isolation._question("idlg", seen, [1, 2, 3], NET).partition(b"\0")
         text, _, weights = isolation._model_message(seen[0].model, NET).partition(b"\0")
         model = isolation._Model(json.loads(text), weights).whole("cpu")
         arrived = isolation._asked(json.loads(head), blob, model)
         tensors = [*model.parameters(), *(value for one in arrived for value in one.update.values())]
+        tensors += [one.knowledge.soft_labels for one in arrived]
         assert {tensor.data_ptr() % 64 for tensor in tensors} == {0}
 
 

@@ -11,21 +11,25 @@ from bench.work import POOL, observe
 from defenses.graddefense import GradDefense
 
 
+def chunk_and_context(**axes):
+    """The one chunk of a small grid of a label attack."""
+    block = Block(dataset=["mnist5k"], model=["fcn(depth=2, width=16)"], attacks=["idlg"], samples=3, **axes)
+    grid = Grid(name="small", blocks=[block])
+    planned = plan(grid, grid, None, "cpu")
+    weights = {network: weights_sha256(network, None) for network in planned.networks.values()}
+    (chunk,) = planned.chunks(weights)
+    return chunk, planned.context
+
+
 @pytest.mark.parametrize(
     "defense",
     ["none", "mixup", "quantization", "pruning", "sign_sgd", "label_smoothing+quantization(bits=4)"],
 )
 def test_the_head_computed_alone_is_the_head_of_the_whole_update(defense):
-    block = Block(
-        dataset=["mnist5k"], model=["fcn(depth=2, width=16)"], defense=[defense], attacks=["idlg"], samples=3
-    )
-    grid = Grid(name="heads", blocks=[block])
-    planned = plan(grid, grid, None, "cpu")
-    weights = {network: weights_sha256(network, None) for network in planned.networks.values()}
-    (chunk,) = planned.chunks(weights)
+    chunk, context = chunk_and_context(defense=[defense])
     assert chunk.reads == "head"
-    alone = observe(chunk, planned.context).observations
-    whole = observe(dataclasses.replace(chunk, reads="all"), planned.context).observations
+    alone = observe(chunk, context).observations
+    whole = observe(dataclasses.replace(chunk, reads="all"), context).observations
     for one, other in zip(alone, whole, strict=True):
         assert set(one.update) == {"head.weight", "head.bias"} < set(other.update)
         for name, value in one.update.items():
@@ -37,19 +41,8 @@ def test_the_head_computed_alone_is_the_head_of_the_whole_update(defense):
 )
 def test_features_that_are_drawn_are_those_of_the_update(protocol):
     """PRECODE draws ε with every gradient: ∇W = (p - y) xᵀ holds for the x of that one alone."""
-    block = Block(
-        dataset=["mnist5k"],
-        model=["fcn(depth=2, width=16)"],
-        defense=["precode(width=8)"],
-        protocol=[protocol],
-        attacks=["idlg"],
-        samples=2,
-    )
-    grid = Grid(name="drawn", blocks=[block])
-    planned = plan(grid, grid, None, "cpu")
-    weights = {network: weights_sha256(network, None) for network in planned.networks.values()}
-    (chunk,) = planned.chunks(weights)
-    observed = observe(chunk, planned.context)
+    chunk, context = chunk_and_context(defense=["precode(width=8)"], protocol=[protocol])
+    observed = observe(chunk, context)
     for seen, truth in zip(observed.observations, observed.truths, strict=True):
         sent = seen.update[f"{seen.head}.weight"] / (-0.5 if protocol.startswith("fedavg") else 1)
         gradient = torch.outer(truth.u[0], truth.features[0].double())
@@ -65,20 +58,9 @@ def test_a_defense_of_the_gradient_meets_what_else_the_client_holds(protocol, mo
         return client.gradient(batch)
 
     monkeypatch.setattr(GradDefense, "gradient", gradient)
-    block = Block(
-        dataset=["mnist5k"],
-        model=["fcn(depth=2, width=16)"],
-        defense=["graddefense"],
-        protocol=[protocol],
-        attacks=["idlg"],
-        samples=2,
-    )
-    grid = Grid(name="pool", blocks=[block])
-    planned = plan(grid, grid, None, "cpu")
-    weights = {network: weights_sha256(network, None) for network in planned.networks.values()}
-    (chunk,) = planned.chunks(weights)
-    observe(chunk, planned.context)
-    assert len(seen) == 2 * (1 + protocol.startswith("fedavg"))
+    chunk, context = chunk_and_context(defense=["graddefense"], protocol=[protocol])
+    observe(chunk, context)
+    assert len(seen) == 3 * (1 + protocol.startswith("fedavg"))
     for pool, batch in seen:
         assert len(pool) == POOL
         assert not (pool.images == batch.images).flatten(1).all(dim=1).any()
