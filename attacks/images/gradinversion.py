@@ -21,9 +21,7 @@ class GradInversion(MatchingAttack):
 
     Batch norm's statistics are the client's where they are granted, else the model's. Before their mean is
     taken, the candidates are registered by shifts in whole pixels; the paper's registration is a dense flow
-    (RANSAC-Flow, a trained network), and its code is not public. On ten single images, 300 iterations, four
-    candidates, it made no difference: 17.2 dB with it and 17.5 without on the ConvNet, 12.3 and 12.2 where a
-    global average pooling hides what is where. The paper's noise on every step isn't here.
+    (RANSAC-Flow, a trained network), and its code is not public. The paper's noise on every step isn't here.
 
     Attributes:
         labels: where the labels come from: the spec of a label attack; `truth`; or `joint`.
