@@ -8,6 +8,7 @@ differ in the weights' seed alone are one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -120,7 +121,7 @@ _NEEDS = {"lpips": "mse", "private_lpips": "private_mse"}  # LPIPS's trunk was m
 
 def tracks(runs: Sequence[Run]) -> list[str]:
     """The tracks that these runs have anything to show on; none before the first record."""
-    trials = _trials(runs)
+    trials = _trials(tuple(runs))
     made = set().union(*_produced(trials).values())
     return [track.name for track in _TRACKS.values() if track.produces in made]
 
@@ -142,7 +143,7 @@ def leaderboard(runs: Sequence[Run], track: str) -> pd.DataFrame:
         UserError: an unknown track, no records, or none that the track can rank.
     """
     shown = track_named(track)
-    trials = _trials(runs)
+    trials = _trials(tuple(runs))
     if trials.empty:
         grids = ", ".join(sorted({header.grid for run in runs for header in run.headers})) or "these runs"
         raise UserError(f"no records yet in {grids}; the `leakbench run` that made the folder continues it")
@@ -151,7 +152,7 @@ def leaderboard(runs: Sequence[Run], track: str) -> pd.DataFrame:
         there = ", ".join(tracks(runs)) or "none"
         raise UserError(f"no attack here produces {shown.produces}; tracks with something to show: {there}")
     scored = _scored(trials, produced)
-    scored = scored[[shown.produces in produced[attack] for attack in scored["attack"]]]
+    scored = scored[scored["attack"].map({a: shown.produces in made for a, made in produced.items()})]
     asked = {cell: n for cell, n in _expected(runs).items() if _makes(cell[2], produced, shown)}
     begun = _cells(scored, asked, shown)
     board = pd.DataFrame([*rows_of(begun), *_not_begun(begun, asked, runs)], columns=begun.columns)
@@ -187,8 +188,12 @@ def _numeric(track: Track) -> list[str]:
     return columns[columns.index("failed") + 1 : columns.index("skipped")]
 
 
-def _trials(runs: Sequence[Run]) -> pd.DataFrame:
-    """All rows, a trial once, with their cell's number; those of an older revision are left out."""
+@functools.lru_cache(maxsize=1)  # one board after another is made from the same runs
+def _trials(runs: tuple[Run, ...]) -> pd.DataFrame:
+    """All rows, a trial once, with their cell's number; those of an older revision are left out.
+
+    Not to be changed in place.
+    """
     rows = {row["trial"]: row for run in runs for row in run.rows}
     trials = pd.DataFrame(list(rows.values()), columns=list(COLUMNS))
     trials[list(METRICS)] = trials[list(METRICS)].astype("float64")
@@ -301,7 +306,7 @@ def _scored(trials: pd.DataFrame, produced: dict[str, frozenset[str]]) -> pd.Dat
     for metric in RANKS_BY.values():  # whatever was answered beside
         scored[metric] = scored[metric].mask(lost & scored[metric].notna(), WORST[metric])
     for track in _TRACKS.values():
-        makes = counts & pd.Series([track.produces in produced[attack] for attack in trials["attack"]])
+        makes = counts & trials["attack"].map({a: track.produces in made for a, made in produced.items()})
         for metric in track.metrics:
             if metric not in WORST:
                 continue

@@ -150,7 +150,7 @@ class Header:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity: boards are kept for as long as a run is the same
 class Run:
     """What a run folder holds: the headers, in order, and the rows.
 
