@@ -34,16 +34,20 @@ def publish(results: Path) -> list[Path]:
         pack(path)
     folder = results / "leaderboards"
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written, index = [], _INDEX
     for grid in sorted(path for path in (results / "records").glob("*") if path.is_dir()):
         results_of_grid = dataclasses.replace(load(grid), costs=utility.read(results / "defenses"))
-        for track, rendered in _boards(results_of_grid):
+        boards_of_grid = dict(_boards(results_of_grid))
+        index += _entry(grid.name, results_of_grid.runs, list(boards_of_grid))
+        for track, rendered in boards_of_grid.items():
             question = _DEFENDED if track == "defense" else boards.track_named(track).question
             head = _head(grid.name, track, question, results_of_grid.runs)
             for suffix, content in ((".md", head + rendered("md")), (".csv", rendered("csv"))):
                 path = folder / f"{grid.name}-{track}{suffix}"
                 path.write_text(content, encoding="utf-8")
                 written.append(path)
+    written.append(folder / "README.md")
+    written[-1].write_text(index, encoding="utf-8")
     for path in {*folder.glob("*.md"), *folder.glob("*.csv")} - set(written):
         path.unlink()
     return written
@@ -89,7 +93,7 @@ def pack(path: Path) -> Path:
 def _head(grid: str, track: str, question: str, runs: Sequence[Run]) -> str:
     """What all rows share, and how they were made."""
     rows = [row for run in runs for row in run.rows]
-    title = next((header.title for run in runs for header in run.headers if header.title), "")
+    title = _title(runs)
 
     def values(column: str) -> str:
         return ", ".join(sorted({str(row[column]) for row in rows}))
@@ -109,6 +113,24 @@ def _head(grid: str, track: str, question: str, runs: Sequence[Run]) -> str:
     parts = [f"# {grid}: {track} leaderboard", title, _shortfall(runs), " ".join(sentences)]
     parts.append(" ".join(provenance))
     return "".join(f"{part}\n\n" for part in parts if part)
+
+
+_INDEX = """# Published boards
+
+| grid | what it asks | trials | boards |
+| --- | --- | --- | --- |
+"""
+
+
+def _entry(grid: str, runs: Sequence[Run], tracks: Sequence[str]) -> str:
+    """A grid's line in the index."""
+    links = ", ".join(f"[{track}]({grid}-{track}.md) ([CSV]({grid}-{track}.csv))" for track in tracks)
+    asked = " ".join(filter(None, (_title(runs), _shortfall(runs))))
+    return f"| {grid} | {asked} | {sum(len(run.rows) for run in runs):,} | {links} |\n"
+
+
+def _title(runs: Sequence[Run]) -> str:
+    return next((header.title for run in runs for header in run.headers if header.title), "")
 
 
 def _shortfall(runs: Sequence[Run]) -> str:

@@ -47,7 +47,7 @@ def test_boards_are_written_from_packed_records_and_again_the_same(results, leak
         "records/tiny/idlg/r1.jsonl.gz", "records/tiny/idlg/r1.json",
         "records/tiny/random_labels/r1.jsonl.gz", "records/tiny/random_labels/r1.json",
         "leaderboards/tiny-label.md", "leaderboards/tiny-label.csv",
-        "leaderboards/tiny-defense.md", "leaderboards/tiny-defense.csv",
+        "leaderboards/tiny-defense.md", "leaderboards/tiny-defense.csv", "leaderboards/README.md",
     }  # fmt: skip
     assert gzip.decompress(once["records/tiny/idlg/r1.jsonl.gz"]) == plain
     (results / "leaderboards" / "gone-label.md").write_text("of a grid that is gone")
@@ -60,6 +60,8 @@ def test_boards_are_written_from_packed_records_and_again_the_same(results, leak
     shown = (results / "leaderboards" / "tiny-label.md").read_text()
     assert shown.startswith("# tiny: label leaderboard\n\nWho wins?")
     assert "protocol 1" in shown
+    index = (results / "leaderboards" / "README.md").read_text()
+    assert "| tiny | Who wins? | 16 | [label](tiny-label.md)" in index
 
     code, out, _ = leakbench("verify", results / "records" / "tiny" / "idlg" / "r1.jsonl.gz", "--workers", 1)
     assert code == 0
