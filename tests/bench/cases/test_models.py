@@ -527,10 +527,14 @@ def test_committed_weights_come_before_training(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [name for name in grid_names() if load_grid(name).weights_sha256])
 def test_the_trained_networks_of_a_frozen_grid_are_the_committed_ones(name):
     grid = load_grid(name)
-    networks = {network_of(scenario, None) for scenario, _ in cells(grid)}
+    for key, expected in grid.weights_sha256.items():
+        assert json.loads((models.COMMITTED / f"{key}.json").read_text())["sha256"] == expected
+    try:
+        networks = {network_of(scenario, None) for scenario, _ in cells(grid)}
+    except UserError as error:
+        pytest.skip(f"its images don't come with the install: {error}")
     trained = {network.key: network for network in networks if models.epochs(network.weights)}
     assert trained.keys() == grid.weights_sha256.keys()
     for key, network in trained.items():
-        kept = json.loads((models.COMMITTED / f"{key}.json").read_text())
         made = models.network(network, load(network.dataset), defenses.make(network.defense))
-        assert models.sha256(made) == kept["sha256"] == grid.weights_sha256[key]
+        assert models.sha256(made) == grid.weights_sha256[key]
